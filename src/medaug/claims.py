@@ -1,0 +1,504 @@
+"""The claims of the five reports: what became of each, with the value and the place that show it.
+
+`data/claims.csv` lists them; each function here settles one or a few, by arithmetic on the published figures,
+by counting the parameters of a configuration, by a fault re-enacted (`medaug.faults`), or from a study's
+tables. A claim without such a function, or whose table is not there, is `not testable here`, with what it
+needs.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import fisher_exact
+from statsmodels.stats.proportion import proportion_confint
+
+from medaug import faults, guards, paths
+from medaug.statistics import classification_metrics
+
+CLAIMS_FILE = paths.ROOT / "data" / "claims.csv"
+VERDICTS = ("reproduced", "refuted", "corrected", "answered", "not testable here")
+COLUMNS = ["id", "verdict", "evidence", "value", "published_value", "report", "claim"]
+TEST_COUNTS = {"normal": 234, "bacterial": 242, "viral": 148}  # the official test set, Kermany et al. 2018
+
+
+class Finding(NamedTuple):
+    """What became of a claim: a word of `VERDICTS`, `page#section` of the evidence, and the value found
+    there."""
+
+    verdict: str
+    evidence: str
+    value: str
+
+
+Published = dict[str, list[float]]
+Studies = dict[str, dict[str, pd.DataFrame | dict]]
+SETTLERS: dict[str, Callable[[str, Published, Studies], Finding | None]] = {}
+
+ARITHMETIC, COUNTING, CAUGHT = (f"07-verdict#{section}" for section in ("arithmetic", "counting", "caught"))
+
+
+def settles(*ids: str) -> Callable:
+    """Register the function below as the one that settles the claims `ids`."""
+
+    def register(function: Callable) -> Callable:
+        SETTLERS.update(dict.fromkeys(ids, function))
+        return function
+
+    return register
+
+
+def load_claims() -> pd.DataFrame:
+    """Return the 94 claims: `id, report, system, claim, published_value, needs`, all as text."""
+    return pd.read_csv(CLAIMS_FILE, dtype=str, keep_default_na=False)
+
+
+def evaluate_claims(studies: Studies) -> pd.DataFrame:
+    """Return one line per claim (`COLUMNS`), in the order of the list.
+
+    `studies` maps a study's name to its tables by file name (`{"phantom": {"verdict.csv": frame, ...}}`);
+    what is absent settles nothing.
+    """
+    claims = load_claims()
+    published = {claim.id: read_numbers(claim.published_value) for claim in claims.itertuples()}
+    rows = []
+    for claim in claims.itertuples():
+        settle = SETTLERS.get(claim.id)
+        finding = settle(claim.id, published, studies) if settle else None
+        verdict, evidence, value = finding or Finding("not testable here", claim.needs, "")
+        rows.append(
+            (
+                claim.id,
+                verdict,
+                evidence or claim.needs,
+                value,
+                claim.published_value,
+                claim.report,
+                claim.claim,
+            )
+        )
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def read_numbers(text: str) -> list[float]:
+    """Return the numbers in a published value ("5,406,720 / 1.2486 %" gives 5406720 and 1.2486)."""
+    found = re.findall(r"\d+(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?(?:e-?\d+)?", text)
+    return [float(number.replace(",", "")) for number in found]
+
+
+# -- counting without weights -------------------------------------------------------------------------------
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """Return the parameters of a LoRA's adapters and of the whole model."""
+    lora = sum(weight.numel() for name, weight in model.named_parameters() if "lora_" in name)
+    return lora, sum(weight.numel() for weight in model.parameters())
+
+
+@functools.cache
+def count_clip_lora(target_modules: tuple[str, ...], rank: int = 16) -> tuple[int, int]:
+    """Return LoRA's and all parameters of CLIP ViT-L/14 (Radford et al. 2021, table 20), built without
+    memory."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from transformers import CLIPConfig, CLIPModel
+
+    text = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    vision = dict(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        patch_size=14,
+        image_size=224,
+    )
+    with torch.device("meta"):
+        clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=768))
+        if target_modules:
+            inject_adapter_in_model(LoraConfig(r=rank, target_modules=list(target_modules)), clip)
+    return count_parameters(clip)
+
+
+@functools.cache
+def count_unet_lora(target_modules: tuple[str, ...], rank: int = 4) -> tuple[int, int, int]:
+    """Return LoRA's parameters, all parameters and the wrapped modules of Stable Diffusion 2's U-Net."""
+    from diffusers import UNet2DConditionModel
+    from peft import LoraConfig, inject_adapter_in_model
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=96,
+            block_out_channels=(320, 640, 1280, 1280),
+            cross_attention_dim=1024,
+            attention_head_dim=(5, 10, 20, 20),
+            use_linear_projection=True,
+        )
+        if target_modules:
+            inject_adapter_in_model(LoraConfig(r=rank, target_modules=list(target_modules)), unet)
+    return *count_parameters(unet), sum(hasattr(module, "lora_A") for module in unet.modules())
+
+
+@functools.cache
+def count_text_encoder() -> tuple[int, int]:
+    """Return the parameters and the layers of Stable Diffusion 2's text encoder (OpenCLIP ViT-H/14's text
+    half)."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        encoder = CLIPTextModel(
+            CLIPTextConfig(
+                hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16
+            )
+        )
+    return count_parameters(encoder)[1], encoder.config.num_hidden_layers
+
+
+CLIP_AS_RUN = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.fc1", "mlp.fc2")
+CLIP_AS_MEANT = tuple(name.replace("attn", "self_attn") for name in CLIP_AS_RUN)
+UNET_AS_RUN = ("attn", "proj_in")
+UNET_AS_MEANT = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out")
+
+
+@settles("0.06")
+def _size_of_unet(claim, published, studies):
+    total = count_unet_lora(())[1]
+    return Finding(_agree(total / 1e6, published[claim][0], 1), COUNTING, f"{total:,} parameters")
+
+
+@settles("0.07")
+def _text_encoder(claim, published, studies):
+    total, layers = count_text_encoder()
+    return Finding("corrected", COUNTING, f"the text half alone: {layers} layers, {total:,} parameters")
+
+
+@settles("0.09")
+def _unet_coverage(claim, published, studies):
+    lora, _, modules = count_unet_lora(UNET_AS_RUN)
+    meant, _, modules_meant = count_unet_lora(UNET_AS_MEANT)
+    return Finding(
+        "refuted",
+        COUNTING,
+        f"{modules} modules (proj_in only), {lora:,} parameters; attention and "
+        f"projections would be {modules_meant} and {meant:,}",
+    )
+
+
+@settles("0.15")
+def _reduction(claim, published, studies):
+    lora, total = count_clip_lora(CLIP_AS_RUN)
+    return Finding(
+        "corrected",
+        COUNTING,
+        f"{(total - lora) / lora:.0f} x for CLIP as configured (the published "
+        "figure belongs to a language model)",
+    )
+
+
+@settles("0.16")
+def _share_trained(claim, published, studies):
+    (clip, clip_total), (unet, unet_total, _) = count_clip_lora(CLIP_AS_RUN), count_unet_lora(UNET_AS_RUN)
+    return Finding(
+        "corrected", COUNTING, f"{clip / clip_total:.2%} of CLIP, {unet / unet_total:.3%} of the U-Net"
+    )
+
+
+@settles("0.17")
+def _clip_coverage(claim, published, studies):
+    lora, total = count_clip_lora(CLIP_AS_RUN)
+    exact = (lora, total) == tuple(published[claim][:2])
+    meant = count_clip_lora(CLIP_AS_MEANT)
+    return Finding(
+        "reproduced" if exact else "corrected",
+        COUNTING,
+        f"{lora:,} / {total:,} / {lora / total:.4%}, all in the MLP; with attention, as meant, {meant[0]:,}",
+    )
+
+
+@settles("0.30")
+def _clip_text(claim, published, studies):
+    _, layers = count_text_encoder()
+    return Finding(
+        "corrected",
+        COUNTING,
+        f"a transformer reads the text ({layers} layers in the generator); no CBOW, "
+        "and no language model that writes",
+    )
+
+
+@settles("2.02")
+def _alexnet_head(claim, published, studies):
+    from torchvision.models import alexnet
+
+    with torch.device("meta"):
+        body = alexnet().classifier[-1].in_features
+        head = sum(weight.numel() for weight in torch.nn.Linear(body, 3).parameters())
+    return Finding(_agree(head, published[claim][0], 0), COUNTING, f"{head:,} trained parameters")
+
+
+def _agree(found: float, published: float, tolerance: float) -> str:
+    return "reproduced" if abs(found - published) <= tolerance else "corrected"
+
+
+# -- arithmetic on the published figures --------------------------------------------------------------------
+
+
+@functools.cache
+def score_constant() -> dict[str, float]:
+    """Return the metrics and the log loss of report 0's test: two classes, p = 1/2 for each of the 624
+    images."""
+    y_true, probs = faults.predict_constant({"normal": 234, "pneumonia": 390})
+    return {**classification_metrics(y_true, probs, ["normal", "pneumonia"]), "loss": -math.log(probs[0, 0])}
+
+
+@settles("0.25")
+def _constant_predictor(claim, published, studies):
+    found = [score_constant()[name] for name in ("accuracy", "macro_recall", "macro_f1", "loss")]
+    exact = np.allclose(found, published[claim], atol=5e-5)
+    return Finding(
+        "reproduced" if exact else "corrected",
+        CAUGHT,
+        " / ".join(f"{value:.4f}" for value in found) + ": one class for all 624 images",
+    )
+
+
+@settles("0.18")
+def _two_classes(claim, published, studies):
+    _, recall, _, loss = published["0.25"]
+    return Finding(
+        "refuted",
+        ARITHMETIC,
+        f"recall {recall:g} = 1/2 and loss {loss:g} = ln 2: two classes (three give "
+        f"{1 / 3:.4f} and {math.log(3):.4f})",
+    )
+
+
+@settles("0.26")
+def _meaning_of_recall(claim, published, studies):
+    found = score_constant()
+    return Finding(
+        "corrected",
+        ARITHMETIC,
+        f"{found['accuracy']:.1%} are right; {found['macro_recall']:g} is the mean of recall 1 and recall 0",
+    )
+
+
+@settles("0.23")
+def _training_curve(claim, published, studies):
+    recall = np.array(published[claim][3:6])
+    return Finding(
+        "corrected",
+        ARITHMETIC,
+        f"macro recall within {np.abs(recall - 0.5).max():.4f} of chance (1/2) in "
+        f"every epoch; the highest is epoch {recall.argmax() + 1}, not the last",
+    )
+
+
+@settles("0.24")
+def _epochs_not_arms(claim, published, studies):
+    before, after = (share / 100 for share in published[claim])
+    epochs = [
+        published["0.23"].index(share) + 1 for share in (before, after) if share in published["0.23"][:3]
+    ]
+    if epochs != [1, 2]:
+        return None
+    return Finding(
+        "refuted", ARITHMETIC, "the two figures are epochs 1 and 2 of one run" + _describe_effect(studies)
+    )
+
+
+def _describe_effect(studies: Studies) -> str:
+    verdicts = studies.get("phantom", {}).get("verdict.csv")
+    if verdicts is None:
+        return ""
+    rows = verdicts.query("arm == 'real+synthetic' and control == 'real' and metric == 'macro_f1' and family")
+    return "".join(
+        f"; with an arm for each (phantom, {row.model}): {100 * row.delta:+.1f} points of macro F1 "
+        f"[{100 * row.ci_low:+.1f}, {100 * row.ci_high:+.1f}]"
+        for row in rows.itertuples()
+    )
+
+
+@settles("0.12")
+def _images_made(claim, published, studies):
+    each, other, total = published[claim]
+    return Finding(
+        "corrected",
+        CAUGHT,
+        f"{each + other:,.0f} by the slides, {total:,.0f} by the page; made by a model "
+        "without the adapter (claims 0.10 and 0.11)",
+    )
+
+
+@settles("2.11", "2.12")
+def _possible_counts(claim, published, studies):
+    n_train = 299 if claim == "2.11" else 299 + int(published["2.08"][0])
+    train, val = published[claim][:5], published[claim][5:10]
+    impossible = faults.find_impossible_shares(train, n_train) + faults.find_impossible_shares(val, 75)
+    listed = ", ".join(f"{share:.2f}" for share in impossible)
+    value = f"of {len(train + val)} percentages, no count of {n_train} or 75 images gives: {listed or 'none'}"
+    return Finding("corrected", ARITHMETIC, value) if impossible else Finding("not testable here", "", value)
+
+
+@settles("2.13")
+def _two_folds(claim, published, studies):
+    hits = [round(share * 75 / 100) for share in published[claim]]
+    p = fisher_exact([[hit, 75 - hit] for hit in hits]).pvalue
+    return Finding(
+        "reproduced" if p > 0.05 else "refuted",
+        ARITHMETIC,
+        f"{hits[0]} against {hits[1]} of 75 right: p = {p:.2f} (Fisher), and the two test sets differed",
+    )
+
+
+@settles("3.09")
+def _best_model(claim, published, studies):
+    n = sum(TEST_COUNTS.values())
+    hits = [round(share * n / 100) for share in published[claim]]
+    intervals = [proportion_confint(hit, n, method="wilson") for hit in hits]
+    p = fisher_exact([[hit, n - hit] for hit in hits]).pvalue
+    listed = " and ".join(f"{100 * low:.1f}-{100 * high:.1f} %" for low, high in intervals)
+    return Finding(
+        "answered" if p > 0.05 else "reproduced",
+        ARITHMETIC,
+        f"intervals {listed} of {n} images, p = {p:.2f}: the two are not separable",
+    )
+
+
+@settles("4.01")
+def _class_sizes(claim, published, studies):
+    total, *classes = published[claim][:5]
+    return Finding("not testable here", "", f"the classes add up to {sum(classes):,.0f} of {total:,.0f}")
+
+
+@settles("4.07", "4.08", "4.09", "4.10", "4.11", "4.12", "4.13")
+def _macro_f1_bound(claim, published, studies):
+    f1, precision, recall = published[claim][:3]
+    bound = guards.harmonic_mean(precision, recall)
+    try:
+        guards.check_metrics_consistent(dict(macro_f1=f1, macro_precision=precision, macro_recall=recall))
+    except guards.GuardError:
+        return Finding(
+            "refuted", CAUGHT, f"macro F1 can be {bound:.4f} at most with that precision and recall"
+        )
+    return Finding("not testable here", "", f"possible: macro F1 {f1:.4f}, at most {bound:.4f}")
+
+
+@settles("4.14")
+def _most_accurate(claim, published, studies):
+    rows = [f"4.{number:02d}" for number in range(7, 15)]
+    by_accuracy, by_f1 = (sorted(rows, key=lambda row: -published[row][column]) for column in (3, 0))
+    return Finding(
+        "corrected",
+        ARITHMETIC,
+        f"{_ordinal(by_accuracy.index(claim))} of {len(rows)} by accuracy, "
+        f"{_ordinal(by_f1.index(claim))} by macro F1: the row contradicts itself or "
+        "'Swin is best'",
+    )
+
+
+@settles("4.22")
+def _best_supervised(claim, published, studies):
+    rows = [f"4.{number:02d}" for number in range(7, 13)]
+    by_f1 = sorted(rows, key=lambda row: -published[row][0])
+    return Finding(
+        "refuted",
+        ARITHMETIC,
+        f"in its own table ConvNeXt is {_ordinal(by_f1.index('4.09'))} of {len(rows)} "
+        f"supervised networks, Swin {_ordinal(by_f1.index('4.07'))}",
+    )
+
+
+def _ordinal(index: int) -> str:
+    return ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")[index]
+
+
+@settles("4.15")
+def _speed_up(claim, published, studies):
+    minutes = [published[f"4.{number:02d}"][4] for number in range(7, 13)]
+    ratios = np.array(minutes) / published["4.13"][4]
+    return Finding(
+        "corrected",
+        ARITHMETIC,
+        f"{ratios.min():.2f} x is the least of six ratios to DINOv2 (mean "
+        f"{ratios.mean():.2f} x), with batch 64 against 16",
+    )
+
+
+# -- faults re-enacted --------------------------------------------------------------------------------------
+
+
+def catch(guard: Callable, *arguments) -> str:
+    """Return the first sentence of what `guard` raises on a fault, "" if it raises nothing."""
+    try:
+        guard(*arguments)
+    except guards.GuardError as error:
+        return str(error).split(". Left alone")[0]
+    return ""
+
+
+@settles("0.10")
+def _no_gradient(claim, published, studies):
+    generator, before, after, _ = faults.step_without_gradient()
+    caught = catch(guards.check_gradients_flow, generator), catch(guards.check_weights_change, before, after)
+    return Finding("refuted", CAUGHT, "; ".join(caught)) if all(caught) else None
+
+
+@settles("0.11")
+def _lost_adapter(claim, published, studies):
+    caught = catch(guards.check_round_trip, *faults.lose_adapter_at_loading(), 1e-6)
+    return Finding("refuted", CAUGHT, f"strict=False drops the adapter: {caught}") if caught else None
+
+
+@settles("0.20")
+def _swapped_captions(claim, published, studies):
+    classes = ["normal", "viral", "bacterial"]
+    caught = catch(
+        guards.check_label_order, classes, ["normal", "bacterial pneumonia", "viral pneumonia"], classes
+    )
+    return Finding("corrected", CAUGHT, caught) if caught else None
+
+
+@settles("2.10")
+def _no_perturbation(claim, published, studies):
+    images_u8 = np.random.default_rng(0).integers(0, 256, (20, 32, 32), dtype=np.uint8)
+    caught = catch(guards.check_augmentation_changes, images_u8, faults.perturb_dct(images_u8, sigma=0))
+    return Finding("refuted", CAUGHT, f"sigma is 0: {caught}") if caught else None
+
+
+@settles("4.04")
+def _flips_never_applied(claim, published, studies):
+    images_u8 = np.random.default_rng(0).integers(0, 256, (20, 32, 32), dtype=np.uint8)
+    caught = catch(guards.check_augmentation_changes, images_u8, faults.overwrite_transform(images_u8))
+    return Finding("refuted", CAUGHT, f"both subsets share one transform: {caught}") if caught else None
+
+
+@functools.cache
+def measure_path_faults(seeds: int = 8) -> pd.DataFrame:
+    """Return accuracy, entropy (share of ln 3) and largest predicted class's share of each of report 3's
+    suspects, one row per fault and seed of the small network."""
+    rows = []
+    for fault in faults.PATH_FAULTS:
+        for seed in range(seeds):
+            y_index, probs = faults.follow_test_path(fault, seed)
+            entropy = -(probs * np.log(np.maximum(probs, 1e-12))).sum(axis=1).mean() / math.log(3)
+            preds = probs.argmax(axis=1)
+            rows.append(
+                (fault, seed, (preds == y_index).mean(), entropy, np.bincount(preds).max() / len(preds))
+            )
+    return pd.DataFrame(rows, columns=["fault", "seed", "accuracy", "entropy", "largest_class"])
+
+
+@settles("3.15")
+def _third_of_the_test_set(claim, published, studies):
+    constant = " / ".join(f"{n / sum(TEST_COUNTS.values()):.3f}" for n in TEST_COUNTS.values())
+    lost = measure_path_faults().query("fault == 'weights never loaded'")["accuracy"]
+    return Finding(
+        "answered",
+        CAUGHT,
+        f"no constant class (those give {constant}); weights that were never loaded give "
+        f"{lost.mean():.2f} on average ({lost.min():.2f} to {lost.max():.2f})",
+    )

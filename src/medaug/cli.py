@@ -1,0 +1,166 @@
+"""The command `medaug`: thin, one function for each word. Heavy imports stand inside, so `medaug check` is quick."""
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from medaug import engine, paths, studies
+
+EPILOG = """examples:
+  medaug studies                     which studies there are
+  medaug check guangzhou --data /d   is everything there? (one line if not)
+  medaug plan phantom                what would run now and why; minutes, disk, GPU hours
+  medaug run phantom --cores 2       run what is missing or stale, then build the site
+  medaug run phantom -- --until 02-sd-lora
+                                     everything after -- goes to Snakemake (snakemake --help)
+  medaug publish phantom             copy a run's tables to data/results/
+
+medaug is research software and no diagnostic device."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; return the exit code (2 and one line on stderr for an error that the user can mend)."""
+    given = build_parser().parse_args(arguments)
+    try:
+        return given.command(given) or 0
+    except KeyboardInterrupt:
+        print("medaug: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (studies.StudyError, engine.NotebookError, RuntimeError, OSError) as error:
+        print(f"medaug: {error}", file=sys.stderr)
+        return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser with all commands; each command's function is its default `command`."""
+    parser = argparse.ArgumentParser(
+        prog="medaug", description=__doc__.splitlines()[0], epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    words = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, command, text: str, study: bool = True) -> argparse.ArgumentParser:
+        word = words.add_parser(name, help=text, description=text)
+        word.set_defaults(command=command)
+        if study:
+            word.add_argument("study", help="name of a file in studies/, without .yaml")
+        return word
+
+    add("studies", show_studies, "List the studies with their one-line descriptions.", study=False)
+    for name, command, text in (
+            ("check", check, "Check a study file against the notebooks' parameters, and that its data is there."),
+            ("plan", plan, "Show what would run now and why, with minutes, disk and GPU hours; runs nothing."),
+            ("run", run, "Run what is missing or stale of a study, then build the site.")):
+        word = add(name, command, text)
+        word.add_argument("--data", default="", help="folder of the images (default: the variable MEDAUG_DATA)")
+        if name == "run":
+            word.add_argument("--cores", default="2", help="CPU cores to use (default 2; 'all' for all of them)")
+            word.add_argument("--profile", default="local", help="local, slurm, kubernetes, or a profile's folder")
+            word.add_argument("snakemake", nargs="*", help="more arguments for Snakemake, after --")
+    word = add("execute", execute, "Run one notebook of a study now, whatever Snakemake thinks of it.")
+    word.add_argument("notebook", help="for example 01-data-audit")
+    word.add_argument("--output", type=Path, help="put a second copy here (for an object store)")
+    word = add("merge", merge, "Merge the notebooks' parts of the tables into runs/STUDY/tables/.")
+    word.add_argument("--sums", type=Path, help="write the tables' SHA-256 sums to this file")
+    add("publish", publish, "Copy a run's tables (and figures, if simulated) to data/results/ and figures/.")
+    add("fragments", write_fragments, "Write the report's pieces of text from the results tables.", study=False)
+    word = add("site", build_site, "Write the fragments and render the site from what has been run.", study=False)
+    word.add_argument("--stamp", type=Path, help="write the site's address to this file when it is built")
+    word.add_argument("--where", metavar="STUDY", help="only print where the last run of STUDY put the site")
+    word = add("strip", strip, "Remove outputs from the notebooks' sources (they must carry none).", study=False)
+    word.add_argument("--check", action="store_true", help="change nothing; fail if there are any")
+    for name, command, text in (("pack", pack, "Pack what a step wrote into one file (for an object store)."),
+                                ("unpack", unpack, "Unpack what earlier steps packed.")):
+        add(name, command, text).add_argument("bundles", nargs="*", type=Path)
+    return parser
+
+
+def show_studies(given: argparse.Namespace) -> None:
+    for name in studies.list_studies():
+        print(f"{name:18} {studies.load_study(name).get('description', '')}")
+
+
+def check(given: argparse.Namespace) -> None:
+    studies.check_study(given.study, given.data)
+    print(f"study '{given.study}' can run: {', '.join(studies.list_notebooks(given.study))}")
+
+
+def plan(given: argparse.Namespace) -> None:
+    studies.check_study(given.study, given.data)
+    engine.show_plan(given.study, given.data)
+
+
+def run(given: argparse.Namespace) -> int:
+    studies.check_study(given.study, given.data)
+    profile = paths.ROOT / "profiles" / given.profile
+    folder = profile if profile.is_dir() else Path(given.profile)
+    if not (folder / "config.yaml").is_file():
+        known = ", ".join(sorted(path.name for path in (paths.ROOT / "profiles").iterdir()))
+        raise FileNotFoundError(f"no profile '{given.profile}': give one of {known}, or a folder with a config.yaml")
+    return engine.run_snakemake(given.study, given.data, ["--profile", str(folder), "--cores", given.cores],
+                                given.snakemake, quiet=given.profile == "local")
+
+
+def execute(given: argparse.Namespace) -> None:
+    engine.stop_with_parent()
+    executed = engine.execute_notebook(given.study, given.notebook)
+    if given.output:
+        shutil.copyfile(executed, given.output)
+
+
+def merge(given: argparse.Namespace) -> None:
+    from medaug import runtime, tables
+
+    engine.drop_stale_parts(given.study)
+    tables.merge_parts(given.study)
+    if given.sums:
+        with runtime.replace_when_done(given.sums) as temporary:
+            temporary.write_text(engine.hash_tables(given.study), encoding="utf-8")
+
+
+def publish(given: argparse.Namespace) -> None:
+    studies.load_study(given.study)
+    for path in engine.publish_study(given.study):
+        print(os.path.relpath(path, paths.ROOT))
+
+
+def write_fragments(given: argparse.Namespace) -> None:
+    from medaug import report
+
+    report.write_fragments()
+
+
+def build_site(given: argparse.Namespace) -> None:
+    if given.where:
+        index = engine.find_site(given.where)
+        if index is None:
+            raise FileNotFoundError(f"study '{given.where}' has no site yet: run `medaug run {given.where}`")
+        print(f"The report is here: {index}")
+        return
+    from medaug import report, site
+
+    report.write_fragments()
+    index = site.build_site()
+    if given.stamp:
+        given.stamp.write_text(f"{index}\n", encoding="utf-8")
+    else:
+        print(f"The report is here: {index}")
+
+
+def strip(given: argparse.Namespace) -> None:
+    dirty = engine.strip_notebooks(write=not given.check)
+    if given.check and dirty:
+        raise RuntimeError(f"{', '.join(dirty)}: the source carries outputs; remove them with `medaug strip`")
+
+
+def pack(given: argparse.Namespace) -> None:
+    engine.pack_run(given.study, given.bundles[0])
+
+
+def unpack(given: argparse.Namespace) -> None:
+    engine.unpack_runs(given.study, given.bundles)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,460 @@
+"""Tune any diffusers Stable Diffusion with LoRA: cached latents drawn anew, covered targets, exact resume.
+
+A run costs only what the UNet costs: the VAE and the text encoder are run once and their answers kept on disk, keyed by
+content. The VAE's answer is kept as mean and standard deviation, so each step still sees a fresh draw.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from medaug.runtime import progress, replace_when_done
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # what diffusers' own LoRA script adapts
+BANDS = ((0, 250), (250, 500), (500, 750), (750, 1000))  # timesteps: fine detail ... coarse anatomy
+
+# What separates the two published families; everything else is diffusers' and transformers' default.
+REFERENCE_UNET = {
+    "sd2": {"sample_size": 96, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20),
+            "use_linear_projection": True},
+    "sd1.5": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+}
+REFERENCE_TEXT = {
+    "sd2": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16},
+    "sd1.5": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+}
+
+
+def load_pipeline(model_id: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
+    """Return the `StableDiffusionPipeline` at `model_id` (local folder or hub id), safetensors only.
+
+    The safety checker is left out: it is trained on photographs and blacks out medical images.
+    """
+    pipe = StableDiffusionPipeline.from_pretrained(model_id, safety_checker=None, use_safetensors=True,
+                                                   trust_remote_code=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device, dtype)
+
+
+def build_reference(version: str = "sd2") -> dict[str, nn.Module]:
+    """Return the full-size `unet`, `vae` and `text_encoder` of "sd2" or "sd1.5" on the meta device: shapes, no weights."""
+    with torch.device("meta"):
+        return {
+            "unet": UNet2DConditionModel(**REFERENCE_UNET[version]),
+            "vae": AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+                                 down_block_types=("DownEncoderBlock2D",) * 4,
+                                 up_block_types=("UpDecoderBlock2D",) * 4),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(vocab_size=49408, **REFERENCE_TEXT[version])),
+        }
+
+
+def count_parameters(module: nn.Module, trainable: bool = False) -> int:
+    """Return the number of parameters of `module`, or of those that require a gradient."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable)
+
+
+def hash_weights(module: nn.Module) -> str:
+    """Return 16 hex digits of the SHA-256 over the names and bytes of all weights: the model's identity."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(_tensor_bytes(tensor))
+    return digest.hexdigest()[:16]
+
+
+def encode_latents(vae: AutoencoderKL, images_u8: np.ndarray, cache: Path | None = None,
+                   batch_size: int = 64) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation (N, C, H/8, W/8) of the scaled latents of grey or RGB `images_u8`.
+
+    `images_u8` is (N, H, W) or (N, H, W, 3) uint8. Both are float32 on the CPU. With `cache` (a folder) they are kept
+    there, keyed by the images and the VAE's weights. To keep one draw instead of both is a known fault of caches.
+    """
+    scale = vae.config.scaling_factor
+    images_u8 = np.ascontiguousarray(images_u8)
+    key = _hash(images_u8.tobytes(), str(images_u8.shape), hash_weights(vae), str(scale))
+
+    @torch.inference_mode()
+    def compute() -> dict[str, Tensor]:
+        parts = []
+        for start in progress(range(0, len(images_u8), batch_size), desc="encode images", unit="batch"):
+            pixel_values = to_pixel_values(images_u8[start:start + batch_size])
+            posterior = vae.encode(pixel_values.to(vae.device, vae.dtype)).latent_dist
+            parts.append(torch.stack([posterior.mean, posterior.std]).float().cpu() * scale)
+        mean, std = torch.cat(parts, dim=1)  # (2, N, C, h, w) -> 2 x (N, C, h, w)
+        return {"mean": mean.contiguous(), "std": std.contiguous()}
+
+    kept = _keep(cache, f"latents-{key}", compute)
+    return kept["mean"], kept["std"]
+
+
+def encode_prompts(pipe: StableDiffusionPipeline, prompts: Sequence[str], cache: Path | None = None) -> Tensor:
+    """Return the text encoder's hidden states (len(prompts), L, D), float32 on the CPU, kept in `cache` if given."""
+    tokens = pipe.tokenizer(list(prompts), padding="max_length", truncation=True).input_ids
+    key = _hash(*prompts, str(tokens), hash_weights(pipe.text_encoder))
+
+    @torch.inference_mode()
+    def compute() -> dict[str, Tensor]:
+        hidden_states, _ = pipe.encode_prompt(list(prompts), pipe.device, 1, do_classifier_free_guidance=False)
+        return {"hidden_states": hidden_states.float().cpu().contiguous()}
+
+    return _keep(cache, f"prompts-{key}", compute)["hidden_states"]
+
+
+def to_pixel_values(images_u8: np.ndarray) -> Tensor:
+    """(N, H, W) or (N, H, W, 3) uint8 -> (N, 3, H, W) float32 in -1..1, as Stable Diffusion's VAE expects."""
+    images = torch.from_numpy(np.array(images_u8)).float() / 127.5 - 1.0
+    return images[:, None].expand(-1, 3, -1, -1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
+
+
+def add_lora(unet: UNet2DConditionModel, rank: int, lora_alpha: float, target_modules: Sequence[str] = ATTENTION,
+             dropout: float = 0.0, seed: int = 0) -> dict[str, int]:
+    """Freeze `unet`, add a LoRA adapter (Hu et al. 2021) to `target_modules`, and return how much that is.
+
+    A target is a module's name or the end of it ("to_out.0"). peft is content when some target matches; here each must,
+    or ValueError lists those that do not. A is drawn from `seed`, B is zero: a fresh adapter changes nothing. Adapter
+    weights are float32 whatever the base is. Returns `modules`, `params_trainable`, `params_total`.
+    """
+    names = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    unmatched = [target for target in target_modules
+                 if not any(name == target or name.endswith(f".{target}") for name in names)]
+    if unmatched:
+        endings = sorted({".".join(name.split(".")[-2 if name[-1].isdigit() else -1:]) for name in names})
+        raise ValueError(f"LoRA target(s) {', '.join(unmatched)} match no layer and would be left out in silence; "
+                         f"layers here end in: {', '.join(endings)}")
+    unet.requires_grad_(False)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet.add_adapter(LoraConfig(r=rank, lora_alpha=lora_alpha, lora_dropout=dropout, init_lora_weights="gaussian",
+                                    target_modules=list(target_modules)))
+    for parameter in unet.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return {"modules": sum(hasattr(module, "lora_A") for module in unet.modules()),
+            "params_trainable": count_parameters(unet, trainable=True), "params_total": count_parameters(unet)}
+
+
+def save_lora(unet: UNet2DConditionModel, folder: Path) -> Path:
+    """Write the adapter to `folder` in diffusers' own format, lora_alpha included; return the file's path.
+
+    The names stay peft's (`lora_A`, `lora_B`): the renaming that diffusers' scripts do (`convert_state_dict_to_diffusers`)
+    covers the attention layers only, and of such a mixed file its loader drops half with a mere warning. Without the
+    metadata a plain pipeline would assume lora_alpha = rank and so scale the adapter wrongly.
+    """
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(unet),
+                                              unet_lora_adapter_metadata=_read_lora_config(unet))
+    return Path(folder) / "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """All that decides a LoRA run besides the data and the model."""
+
+    steps: int = 400  # optimiser steps
+    batch_size: int = 64  # images per optimiser step
+    learning_rate: float = 1e-3  # peak; linear warm-up, then cosine to a hundredth
+    warmup_steps: int = 20
+    snr_gamma: float | None = 5.0  # min-SNR weighting (Hang et al. 2023); None: plain mean squared error
+    caption_dropout: float = 0.1  # share of captions replaced by the empty one (Ho & Salimans 2021)
+    noise_offset: float = 0.0  # one more normal draw per channel, times this: lets mean brightness move
+    ema_decay: float = 0.0  # exponential moving average of the adapter; 0: none
+    gradient_accumulation_steps: int = 1  # micro-batches per optimiser step
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    mixed_precision: str = "no"  # "no" or "bf16"
+    validate_every: int = 100  # steps
+    save_every: int = 100  # steps
+    seed: int = 0
+
+
+def fit_lora(unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler, latents: tuple[Tensor, Tensor],
+             prompt_ids: Tensor, hidden_states: Tensor, empty_states: Tensor, settings: FitSettings,
+             checkpoint: Path | None = None, validate: Callable[[UNet2DConditionModel], dict] | None = None,
+             ) -> tuple[list[dict], dict]:
+    """Train the trainable weights of `unet` on cached latents; return the history and the timing.
+
+    `latents` are mean and std, each (N, C, h, w), drawn anew at each step; image i has the caption
+    `hidden_states[prompt_ids[i]]` (P, L, D), or `empty_states` (L, D) when its caption is dropped. The target is noise or
+    velocity, as `noise_scheduler` says. `validate(unet)` returns numbers for the history's rows.
+
+    All randomness of step k comes from (`settings.seed`, k), so a run killed at any moment and started again with the
+    same `checkpoint` ends with the same weights. Out of memory halves the micro-batch and says so; the sum over
+    micro-batches stays that of the whole batch. Raises FloatingPointError on a loss that is not finite; the last
+    checkpoint stays.
+    """
+    device, weights = unet.device, [p for p in unet.parameters() if p.requires_grad]
+    hidden_states, empty_states = hidden_states.to(device), empty_states.to(device)
+    optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+    state = {"step": 0, "seconds": 0.0, "history": [], "losses": [],
+             "average": [p.detach().clone() for p in weights] if settings.ema_decay else []}
+    fingerprint = _fingerprint(unet, latents, prompt_ids, hidden_states, empty_states, settings)
+    _restore(checkpoint, fingerprint, weights, optimizer, state)
+    snr_weights = compute_snr_weights(noise_scheduler, settings.snr_gamma).to(device)
+    micro_batch = math.ceil(settings.batch_size / settings.gradient_accumulation_steps)
+    unet.train()
+    bar = progress(desc="LoRA", total=settings.steps * settings.batch_size, unit="image")
+    bar.update(state["step"] * settings.batch_size)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for step in range(state["step"], settings.steps):
+            began = time.perf_counter()
+            batch = draw_batch(latents, prompt_ids, noise_scheduler, settings, step)
+            torch.manual_seed(settings.seed + 7919 * step)  # dropout inside the adapter
+            while True:
+                try:
+                    loss = _backward(unet, noise_scheduler, batch, hidden_states, empty_states, snr_weights,
+                                     micro_batch, settings.mixed_precision)
+                    break
+                except RuntimeError as error:
+                    optimizer.zero_grad(set_to_none=True)
+                    micro_batch = halve_batch(micro_batch, error)
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss} at step {step}: lower learning_rate"
+                                         + (f" (the last good checkpoint is {checkpoint})" if checkpoint else ""))
+            learning_rate = _schedule(settings, step)
+            optimizer.param_groups[0]["lr"] = learning_rate
+            nn.utils.clip_grad_norm_(weights, settings.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if settings.ema_decay:
+                decay = min(settings.ema_decay, (step + 1) / (step + 10))
+                torch._foreach_lerp_(state["average"], [p.detach() for p in weights], 1 - decay)
+            state["losses"].append(loss)
+            state["seconds"] += time.perf_counter() - began
+            state["step"] = step + 1
+            bar.update(settings.batch_size)
+            last = step + 1 == settings.steps
+            if last or (step + 1) % settings.validate_every == 0:
+                row = {"step": step + 1, "loss": float(np.mean(state["losses"])), "learning_rate": learning_rate}
+                with _averaged(weights, state["average"]):
+                    state["history"].append({**row, **(validate(unet) if validate else {})})
+                unet.train()
+                state["losses"] = []
+                bar.set_postfix(loss=f"{row['loss']:.4f}")
+            if checkpoint and (last or (step + 1) % settings.save_every == 0):
+                _save_checkpoint(checkpoint, fingerprint, weights, optimizer, state)
+    bar.close()
+    _copy(weights, state["average"])
+    unet.eval()
+    images = settings.steps * settings.batch_size
+    return state["history"], {"seconds": state["seconds"], "images": images,
+                              "images_per_second": images / max(state["seconds"], 1e-9)}
+
+
+def draw_batch(latents: tuple[Tensor, Tensor], prompt_ids: Tensor, noise_scheduler: DDPMScheduler,
+               settings: FitSettings, step: int) -> dict[str, Tensor]:
+    """Return the batch of `step`: `latents`, `noise` (B, C, h, w), `timesteps`, `prompt_ids`, `dropped` (B,).
+
+    Drawn on the CPU, so that a GPU sees the same batch. Each epoch is a permutation of the images.
+    """
+    mean, std = latents
+    rng = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+    index = _permuted(len(mean), step * settings.batch_size, settings.batch_size, settings.seed)
+    shape = (len(index), *mean.shape[1:])
+    noise = torch.randn(shape, generator=rng)
+    if settings.noise_offset:
+        noise += settings.noise_offset * torch.randn((*shape[:2], 1, 1), generator=rng)
+    return {
+        "latents": mean[index] + std[index] * torch.randn(shape, generator=rng),
+        "noise": noise,
+        "timesteps": torch.randint(noise_scheduler.config.num_train_timesteps, shape[:1], generator=rng),
+        "prompt_ids": prompt_ids[index],
+        "dropped": torch.rand(shape[0], generator=rng) < settings.caption_dropout,
+    }
+
+
+def compute_target(noise_scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """Return what the UNet is asked for: the noise, or the velocity (Salimans & Ho 2022, section 2.4)."""
+    kind = noise_scheduler.config.prediction_type
+    if kind == "epsilon":
+        return noise
+    if kind == "v_prediction":
+        return noise_scheduler.get_velocity(latents, noise, timesteps)
+    raise ValueError(f"prediction_type '{kind}' is not supported: use epsilon or v_prediction")
+
+
+def compute_snr_weights(noise_scheduler: DDPMScheduler, snr_gamma: float | None) -> Tensor:
+    """Return the loss weight of each timestep (T,): min-SNR-gamma (Hang et al. 2023, section 3.4), or ones for None."""
+    alphas_cumprod = noise_scheduler.alphas_cumprod
+    if snr_gamma is None:
+        return torch.ones_like(alphas_cumprod)
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    extra = 1 if noise_scheduler.config.prediction_type == "v_prediction" else 0
+    return snr.clamp(max=snr_gamma) / (snr + extra)
+
+
+@torch.inference_mode()
+def compute_band_losses(unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler, latents: Tensor,
+                        prompt_ids: Tensor, hidden_states: Tensor, bands: Sequence[tuple[int, int]] = BANDS,
+                        draws: int = 1, batch_size: int = 128, seed: int = 0) -> Tensor:
+    """Return the denoising loss (N, bands) of each image in each band of timesteps, on noise fixed by `seed`.
+
+    `latents` (N, C, h, w) are the posterior's means. The `draws` timesteps of a band are spread evenly over it and are
+    the same for all images, so that two models, or two sets of images, differ in nothing but themselves.
+    """
+    was_training, device = unet.training, unet.device
+    unet.eval()
+    losses = torch.zeros(len(latents), len(bands))
+    for band, (low, high) in enumerate(bands):
+        for draw in range(draws):
+            timestep = int(low + (draw + 0.5) / draws * (high - low))
+            noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed + 31 * draw + 1009 * band))
+            timesteps = torch.full((len(latents),), timestep)
+            noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+            target = compute_target(noise_scheduler, latents, noise, timesteps)
+            for start in range(0, len(latents), batch_size):
+                part = slice(start, start + batch_size)
+                states = hidden_states[prompt_ids[part]].to(device, unet.dtype)
+                model_pred = unet(noisy_latents[part].to(device, unet.dtype), timesteps[part].to(device), states).sample
+                error = (model_pred.float().cpu() - target[part]).square().mean(dim=(1, 2, 3))
+                losses[part, band] += error / draws
+    unet.train(was_training)
+    return losses
+
+
+def summarise_bands(losses: Tensor, bands: Sequence[tuple[int, int]] = BANDS) -> dict[str, float]:
+    """Return `val_loss` and one `val_loss_<low>_<high>` per band, the means over the images of `losses` (N, bands)."""
+    means = losses.mean(0)
+    named = {f"val_loss_{low}_{high}": float(mean) for (low, high), mean in zip(bands, means, strict=True)}
+    return {"val_loss": float(means.mean()), **named}
+
+
+def halve_batch(batch_size: int, error: Exception) -> int:
+    """Return half of `batch_size` and say so if `error` is a lack of memory; raise `error` if it is anything else."""
+    words = str(error).lower()
+    if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in words:
+        raise error
+    if batch_size == 1:
+        raise MemoryError("not enough memory for a batch of one image: use a smaller image or model, or bf16") from error
+    print(f"out of memory at {batch_size} images: going on with {batch_size // 2} at a time")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return batch_size // 2
+
+
+def hash_code(*sources: str) -> str:
+    """Return 16 hex digits for the source files and the libraries' versions: work kept from other code is not used."""
+    versions = [metadata.version(name) for name in ("torch", "diffusers", "peft")]
+    return _hash(*[Path(source).read_bytes() for source in sources], *versions)
+
+
+def _backward(unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler, batch: Mapping[str, Tensor],
+              hidden_states: Tensor, empty_states: Tensor, snr_weights: Tensor, micro_batch: int,
+              mixed_precision: str) -> float:
+    """Accumulate the gradients of one batch in micro-batches; return the batch's loss."""
+    device, total = unet.device, 0.0
+    cast = torch.autocast(device.type, torch.bfloat16) if mixed_precision == "bf16" else nullcontext()
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    noisy_latents = noise_scheduler.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
+    target = compute_target(noise_scheduler, batch["latents"], batch["noise"], batch["timesteps"])
+    encoder_hidden_states = torch.where(batch["dropped"][:, None, None], empty_states,
+                                        hidden_states[batch["prompt_ids"]])  # (B, L, D)
+    weight = snr_weights[batch["timesteps"]] / len(target)
+    for start in range(0, len(target), micro_batch):
+        part = slice(start, start + micro_batch)
+        with cast:
+            model_pred = unet(noisy_latents[part], batch["timesteps"][part], encoder_hidden_states[part]).sample
+        error = (model_pred.float() - target[part]).square().mean(dim=(1, 2, 3))  # (B,)
+        loss = (error * weight[part]).sum()
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def _read_lora_config(unet: UNet2DConditionModel) -> dict:
+    """The adapter's configuration as diffusers stores it, lists sorted: sets have no order, and a file should have one."""
+    config = unet.peft_config["default"].to_dict()
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+
+
+def _permuted(count: int, start: int, length: int, seed: int) -> Tensor:
+    """Positions start .. start+length of an endless list of seeded permutations of range(count)."""
+    epochs = range(start // count, (start + length - 1) // count + 1)
+    order = torch.cat([torch.randperm(count, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
+                       for epoch in epochs])
+    first = start - epochs[0] * count
+    return order[first:first + length]
+
+
+def _schedule(settings: FitSettings, step: int) -> float:
+    warmup = min(1.0, (step + 1) / max(settings.warmup_steps, 1))
+    cosine = 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+    return settings.learning_rate * warmup * max(cosine, 0.01)
+
+
+@contextmanager
+def _averaged(weights: Sequence[Tensor], average: Sequence[Tensor]) -> Iterator[None]:
+    """Put the moving average in place of the weights for a while (nothing happens without one)."""
+    current = [p.detach().clone() for p in weights] if average else []
+    _copy(weights, average)
+    yield
+    _copy(weights, current)
+
+
+def _copy(weights: Sequence[Tensor], source: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for weight, new in zip(weights, source, strict=False):
+            weight.copy_(new)
+
+
+def _fingerprint(unet: nn.Module, latents: tuple[Tensor, Tensor], prompt_ids: Tensor, hidden_states: Tensor,
+                 empty_states: Tensor, settings: FitSettings) -> str:
+    tensors = [*latents, prompt_ids, hidden_states, empty_states]
+    return _hash(hash_weights(unet), hash_code(__file__), str(asdict(settings)), *[_tensor_bytes(t) for t in tensors])
+
+
+def _save_checkpoint(path: Path, fingerprint: str, weights: Sequence[Tensor], optimizer: torch.optim.Optimizer,
+                     state: dict) -> None:
+    with replace_when_done(path) as temporary:
+        torch.save({"fingerprint": fingerprint, "weights": [p.detach() for p in weights],
+                    "optimizer": optimizer.state_dict(), **state}, temporary)
+
+
+def _restore(path: Path | None, fingerprint: str, weights: Sequence[Tensor], optimizer: torch.optim.Optimizer,
+             state: dict) -> None:
+    if path is None or not path.exists():
+        return
+    kept = torch.load(path, weights_only=True, map_location=weights[0].device)
+    if kept["fingerprint"] != fingerprint:
+        print(f"{path.name} belongs to other settings, data or weights: starting afresh")
+        return
+    _copy(weights, kept["weights"])
+    optimizer.load_state_dict(kept["optimizer"])
+    state.update({name: kept[name] for name in state})
+    print(f"resumed at step {state['step']}")
+
+
+def _keep(cache: Path | None, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return `compute()`, or what an earlier call kept as `cache/name.safetensors`."""
+    if cache is None:
+        return compute()
+    path = Path(cache) / f"{name}.safetensors"
+    if not path.exists():
+        with replace_when_done(path) as temporary:
+            save_file(compute(), temporary)
+    return load_file(path)
+
+
+def _hash(*parts: bytes | str) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8))
+        digest.update(data)
+    return digest.hexdigest()[:16]
+
+
+def _tensor_bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

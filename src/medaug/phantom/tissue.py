@@ -1,0 +1,214 @@
+"""Simulated H&E patches of three lymphomas: nuclei as blobs in two stains, mixed by Beer-Lambert in optical
+density.
+
+RGB = white * 10^-(h H + e E) with the stain vectors H, E of Ruifrok and Johnston, Anal Quant Cytol Histol
+2001. What the classes look like follows the WHO classification (Swerdlow et al. 2017): CLL small, round,
+clumped chromatin, pale growth centres; FL nodules that mix small cleaved cells with large pale ones; MCL
+medium, notched, monotonous. The amount of each stain is drawn per slide and per image without the label, so
+mean colour does not tell the class. No pixel is a patient's.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+from medaug.phantom.geometry import bump, smooth_field, soft_step
+from medaug.runtime import progress
+
+CLASSES = ("cll", "fl", "mcl")
+FIELD = 64.0  # micrometres across a patch, at any size in pixels
+WINDOW = 15.0  # micrometres across the window in which a nucleus is drawn
+GRID = 15  # candidate nuclei per side
+HAEMATOXYLIN, EOSIN = (0.65, 0.70, 0.29), (0.14, 0.85, 0.42)
+
+TRAITS = ("radius", "spread", "large", "elongation", "notch", "irregularity", "clumping", "nodularity")
+# by class; the radius in um, the rest relative to it or a share of 1
+CELLS = {
+    "cll": (3.2, 0.05, 0.02, 0.04, 0.00, 0.02, 0.50, 0.15),
+    "fl": (3.5, 0.10, 0.20, 0.26, 0.22, 0.05, 0.25, 1.00),
+    "mcl": (3.9, 0.07, 0.00, 0.12, 0.34, 0.12, 0.20, 0.05),
+}
+SLIDE = {
+    "haematoxylin": (0.38, 0.62), "eosin": (0.09, 0.24), "hue_h": (-0.10, 0.10), "hue_e": (-0.12, 0.12),
+    "white": (0.90, 1.0), "blue": (-0.04, 0.04),
+}  # fmt: skip
+IMAGE = {
+    "amount": (0.88, 1.12), "pitch": (0.95, 1.05), "turn": (0.0, math.pi),
+    "gaps": (0.3, 1.0), "node_x": (-0.7, 0.7), "node_y": (-0.7, 0.7), "node_r": (0.45, 0.75),
+}  # fmt: skip
+
+
+def render(patients, images, labels, size=64, difficulty=0.5, batch_size=16, show_progress=False) -> dict:
+    """Render N patches: {"image_u8": (N, H, W, 3) uint8 RGB, "nucleus_mask": (N, H, W) bool}, numpy arrays.
+
+    `patients` (the slide: stains, scanner) and `images` (cells, focus) are N non-negative int64 seeds,
+    `labels` N names of `CLASSES`. `difficulty` 1 leaves a tenth of the difference between the classes. Equal
+    seeds give equal bytes in any batch. Raises ValueError for a label that is not known.
+    """
+    patients, images, labels = np.asarray(patients), np.asarray(images), np.asarray(labels, dtype=object)
+    unknown = sorted(set(labels) - set(CLASSES))
+    if unknown:
+        raise ValueError(f"phantom: no such tissue label {unknown}: use one of {', '.join(CLASSES)}")
+    out = {
+        "image_u8": np.zeros((len(labels), size, size, 3), np.uint8),
+        "nucleus_mask": np.zeros((len(labels), size, size), bool),
+    }
+    starts = range(0, len(labels), batch_size)
+    for start in progress(starts, "rendering") if show_progress else starts:
+        rows = slice(start, start + batch_size)
+        batch = render_batch(patients[rows], images[rows], labels[rows], size, difficulty)
+        for name, field in zip(out, batch, strict=True):
+            out[name][rows] = field.numpy()
+    return out
+
+
+@torch.no_grad()
+def render_batch(patients, images, labels, size, difficulty):
+    """Render one batch at once; see `render`."""
+    p, draws = draw_parameters(patients, images)
+    traits = mix_traits(labels, difficulty)
+    texture = smooth_field(draws["texture"], size)
+    cells = place_cells(p, draws["cells"], traits)
+    haematoxylin, mask = draw_nuclei(cells, traits, size)
+    haematoxylin = haematoxylin + (0.10 + 0.03 * texture[0]).clamp_min(0)
+    gap = (
+        bump(texture[1] * 4) * soft_step(texture[2] - 1.0 + 0.9 * p["gaps"], 0.5) * ~mask
+    )  # cracks of the section
+    eosin = (
+        (1 + 0.25 * texture[0] + 0.15 * texture[2]).clamp_min(0.2) * torch.where(mask, 0.6, 1.0) * (1 - gap)
+    )
+    haematoxylin = haematoxylin * (1 - 0.8 * gap)
+    return stain(scale_mean(haematoxylin) * p["amount"], scale_mean(eosin), p, draws["shot"]), mask
+
+
+def draw_parameters(patients, images) -> tuple[dict, dict]:
+    """Draw all that N images need from their seeds: ({name: (N, 1, 1)}, {"cells", "texture", "shot"})."""
+    values, cells, texture, shots = [], [], [], []
+    for patient, image in zip(patients.tolist(), images.tolist(), strict=True):
+        slide, shot = np.random.default_rng([4, patient]), np.random.default_rng([5, image, patient])
+        values.append(np.concatenate([slide.random(len(SLIDE)), shot.random(len(IMAGE))]))
+        cells.append(shot.random((12, GRID * GRID), dtype=np.float32))
+        texture.append(shot.standard_normal((3, 12, 12), dtype=np.float32))
+        shots.append(shot)
+    unit, p = np.stack(values), {}
+    for column, (name, (low, high)) in enumerate((SLIDE | IMAGE).items()):
+        p[name] = torch.tensor(low + (high - low) * unit[:, column], dtype=torch.float32)[:, None, None]
+    return p, {
+        "cells": torch.from_numpy(np.stack(cells)),
+        "texture": torch.from_numpy(np.stack(texture)),
+        "shot": shots,
+    }
+
+
+def mix_traits(labels, difficulty):
+    """Return {trait: (N, 1)}: each class's own value, drawn towards the mean of all classes by
+    `difficulty`.
+    """
+    table = torch.tensor([CELLS[name] for name in CLASSES])
+    table = table.mean(0) + (1 - 0.9 * difficulty) * (table - table.mean(0))
+    rows = table[[CLASSES.index(label) for label in labels]]
+    return {name: rows[:, k, None] for k, name in enumerate(TRAITS)}
+
+
+def place_cells(p, u, traits) -> dict:
+    """Place the candidate nuclei of each image on a jittered hexagonal lattice; {name: (N, GRID^2)}, lengths
+    in um.
+
+    Large cells gather in the nodule and small ones around it, in proportion to the class's nodularity.
+    """
+    row, column = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
+    column = column + 0.5 * (row % 2)
+    pitch = 1.98 * traits["radius"] * (1 + 0.35 * traits["large"]) * p["pitch"][:, :, 0]
+    x = (column.flatten() - GRID / 2 + 0.25 + 0.45 * (u[:, 0] - 0.5)) * pitch
+    y = (row.flatten() - GRID / 2 + 0.5 + 0.45 * (u[:, 1] - 0.5)) * pitch * 0.87
+    c, s = torch.cos(p["turn"])[:, :, 0], torch.sin(p["turn"])[:, :, 0]
+    x, y = x * c - y * s, x * s + y * c
+    away = ((x / FIELD * 2 - p["node_x"][:, :, 0]) ** 2 + (y / FIELD * 2 - p["node_y"][:, :, 0]) ** 2).sqrt()
+    node = soft_step(p["node_r"][:, :, 0] - away, 0.15)
+    large = u[:, 2] < traits["large"] * (1 + traits["nodularity"] * (1.6 * node - 0.8))
+    radius = traits["radius"] * (1 + traits["spread"] * (3.4 * u[:, 3] - 1.7)) * torch.where(large, 1.5, 1.0)
+    radius = radius * (1 + 0.10 * traits["nodularity"] * (node - 0.5))
+    turns = 2 * math.pi * u[:, (4, 5, 7, 9, 11)]
+    angles = dict(zip(("axis", "notch_at", "bend", "phase", "spots"), turns.unbind(1), strict=True))
+    return angles | {
+        "x": x, "y": y, "radius": radius, "large": large.float(), "dark": 0.8 + 0.4 * u[:, 8],
+        "notch": traits["notch"] * (0.4 + 1.2 * u[:, 6]),
+        "long": traits["elongation"] * (0.4 + 1.2 * u[:, 10]),
+    }  # fmt: skip
+
+
+def draw_nuclei(cells, traits, size):
+    """Return the haematoxylin density of all nuclei (densities add where nuclei overlap) and their mask,
+    (N, size, size).
+    """
+    scale = size / FIELD  # pixels per um
+    width = int(math.ceil(WINDOW * scale)) | 1
+    offset = torch.arange(width) - width // 2
+    px, py = (cells[name] * scale + size / 2 for name in ("x", "y"))
+    inside = (px > -width) & (px < size + width) & (py > -width) & (py < size + width)
+    ix, iy = px.floor().clamp(-width, size + width).long(), py.floor().clamp(-width, size + width).long()
+    c = {name: value[..., None, None] for name, value in cells.items()}
+    dx = (offset + 0.5 - (px - ix)[..., None, None]) / scale  # (N, K, 1, width) um
+    dy = (offset[:, None] + 0.5 - (py - iy)[..., None, None]) / scale
+    angle, distance = torch.atan2(dy, dx), (dx * dx + dy * dy).sqrt()
+    outline = (
+        1
+        + c["long"] * torch.cos(2 * (angle - c["axis"]))
+        - c["notch"] * bump((angle - c["notch_at"] + math.pi) % (2 * math.pi) - math.pi) ** 2
+    )
+    outline = outline + traits["irregularity"][..., None, None] * torch.cos(3 * angle + c["bend"])
+    edge = c["radius"] * outline - distance
+    shape = soft_step(edge, 0.35 + 0.4 / scale)
+    cu, su = torch.cos(c["phase"]), torch.sin(c["phase"])
+    clump = torch.cos(1.35 * (dx * cu + dy * su) + c["bend"]) * torch.cos(
+        1.6 * (dy * cu - dx * su) + 2 * c["phase"]
+    )
+    clump = clump * traits["clumping"][..., None, None]
+    rim = bump((edge - 0.5) / 0.7)
+    spots = bump((torch.cos(angle - c["spots"]) - 1) * 4) * bump(
+        (edge - 1.4) / 0.6
+    )  # nucleoli at the membrane
+    chromatin = torch.where(c["large"] > 0, 0.42 + 0.45 * rim + 0.6 * spots, 0.95 + 0.12 * rim + clump)
+    density = shape * chromatin * c["dark"] * inside[..., None, None]
+    margin = size + 2 * width
+    rows, columns = iy[..., None, None] + offset[:, None] + width, ix[..., None, None] + offset + width
+    valid = (rows >= 0) & (rows < margin) & (columns >= 0) & (columns < margin)
+    index = (
+        torch.arange(len(px))[:, None, None, None] * margin**2
+        + rows.clamp(0, margin - 1) * margin
+        + columns.clamp(0, margin - 1)
+    )
+    canvas = torch.zeros(2, len(px) * margin**2)
+    for layer, values in enumerate((density, shape * inside[..., None, None])):
+        canvas[layer].index_add_(0, index.flatten(), (values * valid).flatten())
+    density, cover = canvas.view(2, len(px), margin, margin)[:, :, width:-width, width:-width]
+    return (2.2 * density / (1.2 + density)).contiguous(), cover > 0.5  # overlaps saturate: a section is thin
+
+
+def scale_mean(density):
+    """Return a stain's density scaled to mean 1 in each image; summed in float64 and rounded, so no batch
+    can matter.
+    """
+    mean = np.round(density.double().flatten(1).mean(1).numpy(), 6)
+    return density / torch.from_numpy(mean).float()[:, None, None]
+
+
+def stain(haematoxylin, eosin, p, shots):
+    """Mix two densities (N, H, W) into RGB (N, H, W, 3) uint8 with this slide's stain vectors, white point
+    and noise.
+    """
+    size = haematoxylin.shape[-1]
+    h, e = (
+        torch.tensor(HAEMATOXYLIN).expand(len(eosin), 1, 1, 3),
+        torch.tensor(EOSIN).expand(len(eosin), 1, 1, 3),
+    )
+    tint = torch.tensor([1.0, 0.0, -1.0])
+    h, e = h + p["hue_h"][..., None] * tint, e + p["hue_e"][..., None] * -tint
+    amounts = (haematoxylin * p["haematoxylin"])[..., None] * h + (eosin * p["eosin"])[
+        ..., None
+    ] * e.clamp_min(0)
+    white = p["white"][..., None] * (1 + p["blue"][..., None] * tint)
+    noise = np.stack([shot.standard_normal((size, size, 1), dtype=np.float32) for shot in shots])
+    rgb = white * torch.exp(-math.log(10) * amounts) + 0.012 * torch.from_numpy(noise)
+    return (rgb * 255).round().clamp(0, 255).to(torch.uint8)

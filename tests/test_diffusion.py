@@ -1,0 +1,285 @@
+"""LoRA on the real Stable Diffusion classes at toy size: counts, caches, training, resume, save and load."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from medaug import diffusion
+from medaug.diffusion import FitSettings
+from medaug.foundations import build_tokenizer
+
+PROMPTS = ["chest x-ray of a child, normal lungs", "chest x-ray of a child, viral pneumonia", ""]
+WIDE = (*diffusion.ATTENTION, "proj_in", "proj_out")
+SETTINGS = FitSettings(steps=6, batch_size=8, learning_rate=1e-2, warmup_steps=1, validate_every=3, save_every=2)
+
+
+def build_tiny_pipeline(folder, prediction_type="v_prediction"):
+    """Save a random `StableDiffusionPipeline` for 16 px images (2x2x4 latents) to `folder` and return the folder."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(PROMPTS, vocab_size=150)
+    text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                          num_attention_heads=2, max_position_embeddings=32, bos_token_id=tokenizer.bos_token_id,
+                          eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    unet = UNet2DConditionModel(sample_size=2, in_channels=4, out_channels=4, layers_per_block=1, norm_num_groups=8,
+                                block_out_channels=(16, 32), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                                up_block_types=("UpBlock2D", "UpBlock2D"), cross_attention_dim=16,
+                                attention_head_dim=2)
+    vae = AutoencoderKL(sample_size=16, latent_channels=4, layers_per_block=1, block_out_channels=(8,) * 4,
+                        norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 4,
+                        up_block_types=("UpDecoderBlock2D",) * 4)
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                              set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type)
+    StableDiffusionPipeline(vae=vae, unet=unet, text_encoder=CLIPTextModel(text), tokenizer=tokenizer,
+                            scheduler=scheduler, safety_checker=None, feature_extractor=None,
+                            requires_safety_checker=False).save_pretrained(folder)
+    return str(folder)
+
+
+def draw_images(count, size=16, channels=(), seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, *channels), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def model_id(tmp_path_factory):
+    return build_tiny_pipeline(tmp_path_factory.mktemp("sd"))
+
+
+@pytest.fixture
+def pipe(model_id):
+    return diffusion.load_pipeline(model_id)
+
+
+def fit(pipe, settings=SETTINGS, checkpoint=None, validate=None, target_modules=WIDE, dropout=0.1):
+    """Add an adapter, fit it on 20 random images, return its weights, history and timing."""
+    diffusion.add_lora(pipe.unet, 4, 8, target_modules, dropout=dropout)
+    states = diffusion.encode_prompts(pipe, PROMPTS)
+    history, timing = diffusion.fit_lora(
+        pipe.unet, DDPMScheduler.from_config(pipe.scheduler.config), diffusion.encode_latents(pipe.vae, draw_images(20)),
+        torch.arange(20) % 2, states[:2], states[2], settings, checkpoint, validate)
+    return read_adapter(pipe.unet), history, timing
+
+
+def read_adapter(unet):
+    return {name: p.detach().clone() for name, p in unet.named_parameters() if p.requires_grad}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("version, targets, modules, params", [
+    ("sd2", diffusion.ATTENTION, 128, 829_952), ("sd2", WIDE, 160, 1_029_632), ("sd1.5", diffusion.ATTENTION, 128, 797_184),
+    ("sd1.5", WIDE, 160, 996_864), ("sd2", ("proj_in",), 16, 99_840)])
+def test_lora_counts_of_the_published_models(version, targets, modules, params):
+    unet = diffusion.build_reference(version)["unet"]
+    counted = diffusion.add_lora(unet, rank=4, lora_alpha=4, target_modules=targets)
+    assert (counted["modules"], counted["params_trainable"]) == (modules, params)
+    assert counted["params_total"] == diffusion.count_parameters(diffusion.build_reference(version)["unet"]) + params
+
+
+def test_reference_sizes():
+    sizes = {name: diffusion.count_parameters(part) for name, part in diffusion.build_reference("sd2").items()}
+    assert sizes == {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840}
+    old = diffusion.build_reference("sd1.5")
+    assert diffusion.count_parameters(old["unet"]) == 859_520_964
+    assert diffusion.count_parameters(old["text_encoder"]) == 123_060_480
+
+
+def test_a_target_without_a_match_is_an_error(pipe):
+    with pytest.raises(ValueError, match="attn, k_proj match no layer.*to_out.0"):
+        diffusion.add_lora(pipe.unet, 4, 4, ("attn", "to_q", "k_proj"))
+    assert all(p.requires_grad for p in pipe.unet.parameters())  # nothing was touched
+
+
+def test_fresh_adapter_changes_nothing_and_is_seeded(pipe, model_id):
+    x, t, states = torch.randn(2, 4, 2, 2), torch.tensor([10, 900]), torch.randn(2, 32, 16)
+    before = pipe.unet(x, t, states).sample
+    diffusion.add_lora(pipe.unet, 4, 16, WIDE, seed=3)
+    assert torch.equal(pipe.unet(x, t, states).sample, before)
+    again, other = (diffusion.load_pipeline(model_id).unet for _ in range(2))
+    diffusion.add_lora(again, 4, 16, WIDE, seed=3)
+    diffusion.add_lora(other, 4, 16, WIDE, seed=4)
+    assert equal(read_adapter(pipe.unet), read_adapter(again))
+    assert not equal(read_adapter(pipe.unet), read_adapter(other))
+
+
+@pytest.mark.parametrize("channels", [(), (3,)])
+def test_latents_are_those_of_the_vae_and_kept_by_content(pipe, tmp_path, channels, monkeypatch):
+    images = draw_images(5, channels=channels)
+    mean, std = diffusion.encode_latents(pipe.vae, images, tmp_path, batch_size=2)
+    posterior = pipe.vae.encode(diffusion.to_pixel_values(images)).latent_dist
+    scale = pipe.vae.config.scaling_factor
+    torch.testing.assert_close(mean, posterior.mean * scale)
+    torch.testing.assert_close(std, posterior.std * scale)
+    monkeypatch.setattr(pipe.vae, "encode", None)  # a second call must not need the VAE
+    kept = diffusion.encode_latents(pipe.vae, images, tmp_path)
+    assert torch.equal(kept[0], mean) and torch.equal(kept[1], std)
+    with pytest.raises(TypeError):  # other images are other content
+        diffusion.encode_latents(pipe.vae, images[::-1], tmp_path)
+
+
+def test_prompt_states_are_those_of_the_text_encoder(pipe, tmp_path):
+    states = diffusion.encode_prompts(pipe, PROMPTS, tmp_path)
+    tokens = pipe.tokenizer(PROMPTS, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    torch.testing.assert_close(states, pipe.text_encoder(tokens).last_hidden_state)
+    assert torch.equal(diffusion.encode_prompts(pipe, PROMPTS, tmp_path), states)
+    assert len(list(tmp_path.glob("prompts-*"))) == 1
+
+
+def test_each_step_draws_latents_anew_and_each_epoch_sees_each_image():
+    mean, std = torch.zeros(12, 4, 2, 2), torch.ones(12, 4, 2, 2)
+    settings, scheduler = FitSettings(batch_size=5, caption_dropout=0.5), DDPMScheduler()
+    batches = [diffusion.draw_batch((mean, std), torch.arange(12), scheduler, settings, step) for step in range(12)]
+    seen = torch.cat([batch["prompt_ids"] for batch in batches])  # 60 draws = 5 epochs of 12
+    assert [sorted(epoch.tolist()) for epoch in seen.split(12)] == [list(range(12))] * 5
+    latents = torch.cat([batch["latents"] for batch in batches])
+    assert len(latents.flatten(1).unique(dim=0)) == 60 and abs(latents.std().item() - 1) < 0.1
+    assert 0.3 < torch.cat([batch["dropped"] for batch in batches]).float().mean() < 0.7
+    assert torch.equal(diffusion.draw_batch((mean, std), torch.arange(12), scheduler, settings, 3)["noise"],
+                       batches[3]["noise"])
+
+
+def test_noise_offset_moves_the_mean_of_a_channel():
+    latents, scheduler = (torch.zeros(64, 4, 8, 8), torch.zeros(64, 4, 8, 8)), DDPMScheduler()
+    spread = [diffusion.draw_batch(latents, torch.zeros(64), scheduler, FitSettings(noise_offset=offset), 0)["noise"]
+              .mean(dim=(2, 3)).std().item() for offset in (0.0, 1.0)]
+    assert spread[0] == pytest.approx(1 / 8, rel=0.2) and spread[1] == pytest.approx(1.0, rel=0.2)
+
+
+def test_snr_weights():
+    for kind, extra in (("epsilon", 0), ("v_prediction", 1)):
+        scheduler = DDPMScheduler(prediction_type=kind)
+        snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
+        weights = diffusion.compute_snr_weights(scheduler, 5.0)
+        assert weights[999] == pytest.approx((snr[999] / (snr[999] + extra)).item())  # low SNR: as without the clamp
+        assert weights[0] == pytest.approx((5 / (snr[0] + extra)).item())
+    assert torch.equal(diffusion.compute_snr_weights(scheduler, None), torch.ones(1000))
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_perfect_prediction_has_no_loss(kind):
+    """The UNet's target and the sampler's inversion belong together: the target recovers the clean latents."""
+    scheduler = DDPMScheduler(prediction_type=kind, clip_sample=False)
+    latents, noise, t = torch.randn(1, 4, 2, 2), torch.randn(1, 4, 2, 2), torch.tensor([400])
+    target = diffusion.compute_target(scheduler, latents, noise, t)
+    step = scheduler.step(target, 400, scheduler.add_noise(latents, noise, t))
+    torch.testing.assert_close(step.pred_original_sample, latents, atol=1e-5, rtol=1e-4)
+    scheduler.register_to_config(prediction_type="sample")
+    with pytest.raises(ValueError, match="not supported"):
+        diffusion.compute_target(scheduler, latents, noise, t)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_loss_on_fixed_noise_falls(tmp_path, kind):
+    pipe = diffusion.load_pipeline(build_tiny_pipeline(tmp_path, kind))
+    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    mean, _ = diffusion.encode_latents(pipe.vae, draw_images(20))
+    states = diffusion.encode_prompts(pipe, PROMPTS)
+
+    def validate(unet):
+        losses = diffusion.compute_band_losses(unet, scheduler, mean, torch.arange(20) % 2, states)
+        assert losses.shape == (20, 4)
+        return diffusion.summarise_bands(losses)
+
+    before = validate(pipe.unet)
+    _, history, timing = fit(pipe, replace(SETTINGS, steps=30, validate_every=15), validate=validate, dropout=0.0)
+    assert [row["step"] for row in history] == [15, 30]
+    assert history[-1]["val_loss"] < before["val_loss"]
+    assert history[-1]["val_loss"] == pytest.approx(validate(pipe.unet)["val_loss"])  # what is left is what was scored
+    assert timing["images"] == 240 and timing["images_per_second"] > 0
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_a_killed_run_resumes_to_the_same_weights(model_id, tmp_path, ema_decay, capsys):
+    settings = replace(SETTINGS, ema_decay=ema_decay)
+    whole, history, _ = fit(diffusion.load_pipeline(model_id), settings, validate=lambda unet: {"val_loss": 0.0})
+
+    def kill(unet):  # at step 3, after the checkpoint of step 2
+        raise KeyboardInterrupt
+
+    checkpoint = tmp_path / "checkpoint.pt"
+    with pytest.raises(KeyboardInterrupt):
+        fit(diffusion.load_pipeline(model_id), settings, checkpoint, kill)
+    resumed, again, _ = fit(diffusion.load_pipeline(model_id), settings, checkpoint, lambda unet: {"val_loss": 0.0})
+    assert "resumed at step 2" in capsys.readouterr().out
+    assert equal(whole, resumed) and again == history
+
+
+def test_a_checkpoint_of_other_settings_is_not_used(model_id, tmp_path, capsys):
+    fit(diffusion.load_pipeline(model_id), SETTINGS, tmp_path / "checkpoint.pt")
+    other = replace(SETTINGS, learning_rate=1e-3)
+    weights, _, _ = fit(diffusion.load_pipeline(model_id), other, tmp_path / "checkpoint.pt")
+    assert "starting afresh" in capsys.readouterr().out
+    assert equal(weights, fit(diffusion.load_pipeline(model_id), other)[0])
+
+
+def test_accumulation_and_precision(model_id):
+    whole, _, _ = fit(diffusion.load_pipeline(model_id), dropout=0.0)
+    parts, _, _ = fit(diffusion.load_pipeline(model_id), replace(SETTINGS, gradient_accumulation_steps=3), dropout=0.0)
+    half, _, _ = fit(diffusion.load_pipeline(model_id), replace(SETTINGS, mixed_precision="bf16"), dropout=0.0)
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], atol=1e-3, rtol=1e-3)
+        assert half[name].dtype == torch.float32 and half[name].isfinite().all()
+    assert not equal(whole, half)
+
+
+def test_nan_stops_and_keeps_the_last_checkpoint(pipe, tmp_path):
+    def spoil(unet):
+        next(p for p in unet.parameters() if p.requires_grad).data.fill_(float("nan"))
+        return {}
+
+    with pytest.raises(FloatingPointError, match="nan at step 3.*lower learning_rate.*checkpoint.pt"):
+        fit(pipe, SETTINGS, tmp_path / "checkpoint.pt", spoil)
+    kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert kept["step"] == 2 and all(weight.isfinite().all() for weight in kept["weights"])
+
+
+def test_out_of_memory_halves_the_batch(model_id, capsys):
+    pipe = diffusion.load_pipeline(model_id)
+    forward = pipe.unet.forward
+
+    def hungry(sample, *args, **kwargs):
+        if len(sample) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(sample, *args, **kwargs)
+
+    pipe.unet.forward = hungry
+    weights, _, _ = fit(pipe, dropout=0.0)
+    assert "out of memory at 8 images: going on with 4" in capsys.readouterr().out
+    whole, _, _ = fit(diffusion.load_pipeline(model_id), dropout=0.0)
+    for name in whole:
+        torch.testing.assert_close(weights[name], whole[name], atol=1e-3, rtol=1e-3)
+    with pytest.raises(MemoryError, match="batch of one image"):
+        diffusion.halve_batch(1, torch.OutOfMemoryError("x"))
+    with pytest.raises(RuntimeError, match="shape"):
+        diffusion.halve_batch(8, RuntimeError("shape mismatch"))
+
+
+def test_adapter_survives_save_and_load_in_a_plain_pipeline(pipe, model_id, tmp_path):
+    fit(pipe)
+    path = diffusion.save_lora(pipe.unet, tmp_path)
+    plain = StableDiffusionPipeline.from_pretrained(model_id, safety_checker=None)
+    plain.load_lora_weights(path.parent)
+    x, t, states = torch.randn(2, 4, 2, 2), torch.tensor([10, 900]), torch.randn(2, 32, 16)
+    with torch.inference_mode():
+        tuned, loaded = pipe.unet(x, t, states).sample, plain.unet.eval()(x, t, states).sample
+        base = diffusion.load_pipeline(model_id).unet(x, t, states).sample
+    assert torch.equal(tuned, loaded)  # lora_alpha (8) is not rank (4): without the metadata this fails
+    assert (tuned - base).abs().max() > 1e-3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_bf16_on_a_gpu(model_id):
+    pipe = diffusion.load_pipeline(model_id, "cuda", torch.bfloat16)
+    weights, _, _ = fit(pipe, replace(SETTINGS, mixed_precision="bf16"))
+    assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in weights.values())

@@ -1,0 +1,207 @@
+"""Measures against published implementations and hand-made references; each must see the failure it is for."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from sklearn.metrics import pairwise_distances
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+from torchvision.models import mobilenet_v2
+from transformers import CLIPProcessor
+
+from medaug import fidelity, foundations, paths
+
+RNG = np.random.default_rng(0)
+REAL = RNG.normal(size=(60, 8))
+SYNTHETIC = RNG.normal(0.3, 1.2, size=(50, 8))
+
+
+class Features(nn.Module):
+    """Lets torchmetrics see given features: an 'image' is a row of them."""
+
+    num_features = 8
+
+    def forward(self, rows):
+        return rows.flatten(1).double()
+
+
+def test_fid_agrees_with_torchmetrics_and_the_closed_form():
+    reference = FrechetInceptionDistance(feature=Features(), normalize=True, input_img_size=(8, 1, 1)).set_dtype(
+        torch.float64)
+    for rows, real in ((REAL, True), (SYNTHETIC, False)):
+        reference.update(torch.from_numpy(rows)[..., None, None], real=real)
+    assert fidelity.compute_fid(REAL, SYNTHETIC) == pytest.approx(reference.compute().item(), abs=1e-4)
+    moved = REAL * 2 + 3  # same shape, twice the spread, three further: 8 * 9 + tr(S + 4 S - 4 S)
+    shift = (moved.mean(0) - REAL.mean(0)) @ (moved.mean(0) - REAL.mean(0))
+    assert fidelity.compute_fid(REAL, moved) == pytest.approx(shift + np.trace(np.cov(REAL.T)), abs=1e-9)
+    assert fidelity.compute_fid(REAL, REAL) == pytest.approx(0, abs=1e-9)
+
+
+def test_fid_of_fewer_images_than_dimensions_is_finite():
+    assert np.isfinite(fidelity.compute_fid(RNG.normal(size=(5, 20)), RNG.normal(size=(6, 20))))
+
+
+def test_kid_agrees_with_torchmetrics():
+    reference = KernelInceptionDistance(feature=Features(), subsets=2, subset_size=50, normalize=True)
+    for rows, real in ((REAL[:50], True), (SYNTHETIC, False)):
+        reference.update(torch.from_numpy(rows)[..., None, None], real=real)
+    assert fidelity.compute_kid(REAL[:50], SYNTHETIC) == pytest.approx(reference.compute()[0].item(), abs=1e-4)
+
+
+def test_kid_by_hand_and_over_subsets():
+    x, y = np.array([[1.0], [2.0]]), np.array([[0.0], [1.0]])
+
+    def kernel(a, b):
+        return (a * b + 1) ** 3
+
+    by_hand = kernel(1, 2) + kernel(0, 1) - 2 * np.mean([kernel(a, b) for a in (1, 2) for b in (0, 1)])
+    assert fidelity.compute_kid(x, y) == pytest.approx(by_hand)
+    whole = fidelity.compute_kid(REAL, SYNTHETIC)
+    assert fidelity.compute_kid(REAL, SYNTHETIC, subset_size=30, subsets=300) == pytest.approx(whole, rel=0.1)
+    with pytest.raises(ValueError, match="subset_size 51 exceeds the smaller set"):
+        fidelity.compute_kid(REAL, SYNTHETIC, subset_size=51)
+
+
+def test_kid_is_unbiased():
+    """The mean over many pairs of sets of one distribution is zero, where FID's and CMMD's are above it."""
+    pairs = [RNG.normal(size=(2, 30, 8)) for _ in range(200)]
+    kid = [fidelity.compute_kid(a, b) for a, b in pairs]
+    assert abs(np.mean(kid)) < 3 * np.std(kid) / np.sqrt(len(kid))
+    assert min(fidelity.compute_fid(a, b) for a, b in pairs) > 0
+    assert min(fidelity.compute_cmmd(a, b) for a, b in pairs) > 0
+
+
+def test_cmmd_by_hand():
+    x, y = np.array([[3.0, 0.0], [0.0, 5.0]]), np.array([[2.0, 0.0]])  # after scaling: e1, e2 against e1
+    near = np.exp(-2 / 200)  # e1 and e2 are sqrt(2) apart, sigma = 10
+    by_hand = 1000 * ((2 + 2 * near) / 4 + 1 - 2 * (1 + near) / 2)
+    assert fidelity.compute_cmmd(x, y) == pytest.approx(by_hand, abs=1e-9)
+
+
+def test_prdc_by_hand():
+    k = 3
+    real, synthetic = REAL[:25], SYNTHETIC[:20]
+    to_synthetic = pairwise_distances(real, synthetic)
+    radius = np.sort(pairwise_distances(real), axis=1)[:, k]
+    radius_synthetic = np.sort(pairwise_distances(synthetic), axis=1)[:, k]
+    expected = {
+        "precision": np.mean([any(to_synthetic[i, j] < radius[i] for i in range(25)) for j in range(20)]),
+        "recall": np.mean([any(to_synthetic[i, j] < radius_synthetic[j] for j in range(20)) for i in range(25)]),
+        "density": sum(to_synthetic[i, j] < radius[i] for i in range(25) for j in range(20)) / (k * 20),
+        "coverage": np.mean([min(to_synthetic[i]) < radius[i] for i in range(25)]),
+    }
+    assert fidelity.compute_prdc(real, synthetic, k) == pytest.approx(expected, abs=1e-9)
+
+
+def test_prdc_knows_collapse_from_noise():
+    same = fidelity.compute_prdc(REAL[:30], REAL[30:])
+    collapsed = fidelity.compute_prdc(REAL, REAL.mean(0) + 0.01 * RNG.normal(size=(50, 8)))
+    far = fidelity.compute_prdc(REAL, RNG.normal(50, 1, size=(50, 8)))
+    assert collapsed["precision"] == 1 and collapsed["recall"] < 0.1 < same["recall"]
+    assert far == {"precision": 0, "recall": 0, "density": 0, "coverage": 0}
+
+
+def test_copies_and_new_images_are_told_apart():
+    train, held_out = RNG.normal(size=(400, 8)), RNG.normal(size=(400, 8))
+    copies = fidelity.compute_memorisation(train[:50] + 1e-3, train, held_out)
+    new = fidelity.compute_memorisation(RNG.normal(size=(400, 8)), train, held_out)
+    assert copies["memorised_share"] == 1 and copies["nn_ratio"] < 0.01
+    assert new["memorised_share"] < 0.04 and 0.9 < new["nn_ratio"] < 1.1
+    distance, nearest = fidelity.find_nearest(train[7:9], train)
+    assert list(nearest) == [7, 8] and distance.max() < 1e-6
+
+
+def test_a_planted_near_copy_is_nearest_in_pixels():
+    images = RNG.integers(0, 256, (20, 64, 64), dtype=np.uint8)
+    near_copy = (images[11] * 0.8 + 30).round().astype(np.uint8)  # darker contrast, lifted
+    distance, nearest = fidelity.find_nearest(
+        fidelity.embed_pixels(np.stack([near_copy, RNG.integers(0, 256, (64, 64), dtype=np.uint8)])),
+        fidelity.embed_pixels(images))
+    assert nearest[0] == 11 and distance[0] < 0.5 * distance[1]
+    rgb = np.repeat(images[..., None], 3, -1)
+    np.testing.assert_allclose(fidelity.embed_pixels(rgb), fidelity.embed_pixels(images), atol=1e-6)
+
+
+def test_mia_auc():
+    assert fidelity.compute_mia_auc(np.array([0.1, 0.2]), np.array([0.3, 0.4])) == 1
+    assert fidelity.compute_mia_auc(np.array([0.1, 0.4]), np.array([0.1, 0.4])) == 0.5
+
+
+def test_interval_covers_at_about_its_level():
+    """The squared gap between two means is 0.25; a 90 % interval misses it in about one of ten trials."""
+    def gap(a, b):
+        return float((a.mean() - b.mean()) ** 2 - a.var() / len(a) - b.var() / len(b))  # unbiased
+
+    rng, hits = np.random.default_rng(1), 0
+    for trial in range(50):
+        a, b = rng.normal(size=(120, 1)), rng.normal(0.5, 1, size=(120, 1))
+        low, high = fidelity.subsample_interval(gap, a, b, draws=60, level=0.9, seed=trial)
+        hits += low < 0.25 < high
+    assert 38 <= hits <= 49
+
+
+def test_interval_keeps_patients_together():
+    groups = np.repeat(np.arange(6), 10)
+    seen = []
+    fidelity.subsample_interval(lambda a, b: seen.append(a) or 0.0, groups[:, None], SYNTHETIC, groups, draws=5)
+    for half in seen[:5]:
+        assert len(half) == 30 and len(np.unique(half)) == 3
+
+
+def test_halves_share_no_patient_and_are_even_in_each_class():
+    groups = np.repeat(np.arange(40), 3)
+    labels = np.where(groups < 10, "viral", "normal")
+    labels[0] = "normal"  # one patient with both findings
+    mask = fidelity.split_groups(groups, labels, seed=2)
+    assert not set(groups[mask]) & set(groups[~mask])
+    for label in ("viral", "normal"):
+        assert 0.4 < mask[labels == label].mean() < 0.6
+    assert not np.array_equal(mask, fidelity.split_groups(groups, labels, seed=3))
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    tokenizer = foundations.build_tokenizer(["a chest"], vocab_size=150)
+    foundations.save_clip(folder, foundations.build_clip(tokenizer), tokenizer)
+    return str(folder)
+
+
+@pytest.mark.parametrize("channels", [(), (3,)])
+def test_clip_embeddings_are_those_of_its_processor(clip_folder, channels):
+    encoder = fidelity.load_encoder(clip_folder)
+    images = RNG.integers(0, 256, (5, 64, 64, *channels), dtype=np.uint8)
+    rgb = images if channels else np.repeat(images[..., None], 3, -1)
+    pixel_values = CLIPProcessor.from_pretrained(clip_folder)(images=list(rgb), return_tensors="pt").pixel_values
+    with torch.inference_mode():
+        expected = encoder.model.get_image_features(pixel_values=pixel_values).pooler_output
+    features = fidelity.embed_images(encoder, images, batch_size=2)
+    assert features.shape == (5, 128)
+    np.testing.assert_allclose(features, expected.numpy(), atol=1e-5)
+
+
+def test_clip_foundation_is_the_shipped_one(clip_folder, tmp_path, monkeypatch):
+    (tmp_path / "clip").symlink_to(clip_folder)
+    monkeypatch.setattr(paths, "FOUNDATIONS", tmp_path)
+    assert fidelity.load_encoder("clip-foundation").image_size == 64
+
+
+def test_mobilenetv2_comes_from_the_data_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDAUG_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="mobilenetv2: no .*set MEDAUG_DATA"):
+        fidelity.load_encoder("mobilenetv2")
+    torch.manual_seed(0)
+    model = mobilenet_v2().eval()
+    (tmp_path / "weights").mkdir()
+    save_file({name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()},
+              tmp_path / "weights" / "mobilenet_v2_imagenet.safetensors")
+    images = RNG.integers(0, 256, (2, 224, 224), dtype=np.uint8)
+    features = fidelity.embed_images(fidelity.load_encoder("mobilenetv2"), images)
+    pixel_values = torch.from_numpy(images).float()[:, None].expand(-1, 3, -1, -1) / 127.5 - 1
+    with torch.inference_mode():
+        expected = model.features(pixel_values).mean(dim=(2, 3))
+    assert features.shape == (2, 1280)
+    np.testing.assert_allclose(features, expected.numpy(), atol=0.02)
