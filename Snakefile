@@ -6,7 +6,7 @@
 #
 # A rule runs again when one of these has changed: the notebook's source, a helper that it imports (directly or
 # through another helper), a value of its parameters for this study, the weights it starts from, what it reads of an
-# earlier notebook. Products that are not declared here (checkpoints, caches, images) are never deleted by Snakemake,
+# earlier notebook or of another study's tables. Products that are not declared here (checkpoints, caches, images) are never deleted by Snakemake,
 # so a notebook that was stopped goes on from them.
 
 import os
@@ -41,6 +41,10 @@ PRODUCTS = {
     "01-data-audit": ["manifest.parquet"],
     "02-sd-lora": ["generator/generator.json"],
     "03-generation": ["synthetic/manifest.parquet"],
+}
+# Files of the project, beside its code, that a notebook reads.
+READS = {
+    "07-verdict": ["data/claims.csv"],
 }
 VERDICT = "07-verdict"
 ON_GPU = {name for name in STORY if name not in ("01-data-audit", VERDICT)}
@@ -114,6 +118,7 @@ for name in STORY:
             notebook=sources([paths.NOTEBOOKS / f"{name}.ipynb"]),
             helpers=sources(engine.find_helpers(name)),
             weights=sources(engine.find_weights(parameters)),
+            others=sources([*engine.find_evidence(STUDY, parameters), *(paths.ROOT / file for file in READS.get(name, []))]),
             upstream=upstream(name),
         output:
             notebook=executed(name),

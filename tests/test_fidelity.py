@@ -183,10 +183,11 @@ def test_clip_embeddings_are_those_of_its_processor(clip_folder, channels):
     np.testing.assert_allclose(features, expected.numpy(), atol=1e-5)
 
 
-def test_clip_foundation_is_the_shipped_one(clip_folder, tmp_path, monkeypatch):
+def test_an_encoder_is_found_by_its_model_id(clip_folder, tmp_path, monkeypatch):
     (tmp_path / "clip").symlink_to(clip_folder)
     monkeypatch.setattr(paths, "FOUNDATIONS", tmp_path)
-    assert fidelity.load_encoder("clip-foundation").image_size == 64
+    encoder = fidelity.load_encoder("clip-foundation", "foundations/clip")
+    assert (encoder.name, encoder.image_size) == ("clip-foundation", 64)
 
 
 def test_mobilenetv2_comes_from_the_data_folder(tmp_path, monkeypatch):

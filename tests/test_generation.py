@@ -66,6 +66,29 @@ def test_samplers_are_deterministic(pipe, scheduler):
     assert first.shape == (2, 16, 16, 3) and first.dtype == np.uint8
 
 
+def test_a_folded_adapter_draws_what_the_adapter_draws(tmp_path):
+    model_id = build_tiny_pipeline(tmp_path / "sd")
+    tuned = diffusion.load_pipeline(model_id)
+    diffusion.add_lora(tuned.unet, 4, 8)
+    for name, weight in tuned.unet.named_parameters():
+        if "lora_B" in name:  # stands for training
+            torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
+    diffusion.save_lora(tuned.unet, tmp_path / "lora")
+    folded = generation.load_generator(model_id, tmp_path / "lora")
+    assert not any("lora" in name for name, _ in folded.unet.named_parameters())
+    drawn = [generation.sample_images(pipe, list(PROMPTS.values()), [1, 2], 16, 4).astype(int)
+             for pipe in (tuned, folded, generation.load_generator(model_id))]
+    assert np.abs(drawn[0] - drawn[1]).max() <= 1 < np.abs(drawn[1] - drawn[2]).max()
+
+
+def test_manifest_is_sorted_and_old_images_go(pipe, tmp_path):
+    generation.generate(pipe, plan(normal=9), tmp_path, **FAST)
+    manifest, _ = generation.generate(pipe, plan(), tmp_path, **FAST)
+    kept = pd.read_parquet(generation.save_manifest(manifest.sample(frac=1, random_state=0), tmp_path))
+    pd.testing.assert_frame_equal(kept, manifest)
+    assert len(read_files(tmp_path)) == len(manifest)
+
+
 def test_unknown_scheduler(pipe):
     with pytest.raises(ValueError, match="'euler' is not known: use one of ddim"):
         generation.set_scheduler(pipe, "euler")

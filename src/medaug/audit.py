@@ -152,28 +152,28 @@ def balanced_accuracy(correct: np.ndarray, y_true: Sequence) -> float:
 
 
 def score_shortcuts(views: dict[str, np.ndarray], y_true: Sequence, patients: Sequence, seed: int = 0, n_folds: int = 5,
-                    trees: int = 100, threads: int = 1) -> pd.DataFrame:
-    """Score what each view of the images, (N, D) numbers without the disease in it, says about the class.
+                    trees: int = 100, threads: int = 1, coarse: Sequence[str] = ()) -> pd.DataFrame:
+    """Score what each view of the images, (N, D) numbers, says about the class.
 
-    One row per view: `view, features, balanced_accuracy, ci_low, ci_high` (90 %, patients resampled), `chance, verdict,
+    Views should not hold the disease; name those that may in `coarse`. One row per view: `view, coarse, features, balanced_accuracy, ci_low, ci_high` (90 %, patients resampled), `chance, verdict,
     sentence`. The model is extremely randomised trees (Geurts et al. 2006) with balanced class weights, one for all views. "equivalent
     to chance" means that the 90 % interval lies within 5 points of chance: two one-sided tests at 5 % (Schuirmann 1987).
     """
     rows = []
     for view, features in views.items():
         if (features == features[:1]).all():
-            rows.append(_judge_view(view, features.shape[1], None, 0, 0, len(np.unique(y_true))))
+            rows.append(_judge_view(view, view in coarse, features.shape[1], None, 0, 0, len(np.unique(y_true))))
             continue
         model = ExtraTreesClassifier(trees, min_samples_leaf=3, class_weight="balanced", random_state=seed, n_jobs=threads)
         probs = predict_held_out(model, features, y_true, patients, seed, n_folds)
         correct = (np.unique(y_true)[probs.argmax(axis=1)] == np.asarray(y_true)).astype(float)
         low, high = np.quantile(bootstrap_accuracy(correct, y_true, patients, seed), [0.05, 0.95])
         score = balanced_accuracy(correct, y_true)
-        rows.append(_judge_view(view, features.shape[1], score, low, high, probs.shape[1]))
+        rows.append(_judge_view(view, view in coarse, features.shape[1], score, low, high, probs.shape[1]))
     return pd.DataFrame(rows)
 
 
-def _judge_view(view: str, features: int, score: float | None, low: float, high: float, n_classes: int) -> dict:
+def _judge_view(view: str, coarse: bool, features: int, score: float | None, low: float, high: float, n_classes: int) -> dict:
     chance = 1 / n_classes
     if score is None:
         score = low = high = chance
@@ -182,9 +182,10 @@ def _judge_view(view: str, features: int, score: float | None, low: float, high:
         verdict, sentence = "equivalent to chance", f"{view}: no shortcut larger than {MARGIN:.0%} of balanced accuracy"
     elif low > chance:
         verdict, sentence = "above chance", f"{view}: tells the classes apart better than chance"
+        sentence += ", but the disease itself may be visible in it" if coarse else ""
     else:
         verdict, sentence = "undecided", f"{view}: too few patients to say (the interval holds chance and more than 5 points)"
-    return {"view": view, "features": features, "balanced_accuracy": score, "ci_low": float(low), "ci_high": float(high),
+    return {"view": view, "coarse": coarse, "features": features, "balanced_accuracy": score, "ci_low": float(low), "ci_high": float(high),
             "chance": chance, "verdict": verdict, "sentence": sentence}  # fmt: skip
 
 
@@ -367,7 +368,8 @@ def _find_in_patients(report: dict) -> list[tuple[str, str, str]]:
 def _find_in_scores(report: dict) -> list[tuple[str, str, str]]:
     rows = []
     for row in report["shortcut_scores"]:
-        status = {"above chance": "warning", "undecided": "note"}.get(row["verdict"], "fine")
+        told = "note" if row["coarse"] else "warning"
+        status = {"above chance": told, "undecided": "note"}.get(row["verdict"], "fine")
         score = f"{row['balanced_accuracy']:.3f} ({row['ci_low']:.3f} to {row['ci_high']:.3f}; chance {row['chance']:.3f})"
         rows.append(("shortcut", status, f"{row['sentence']}: {score}" if row["verdict"] != "constant" else row["sentence"]))
     for row in report["train_test_shift"]:

@@ -9,7 +9,7 @@ needs.
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -100,10 +100,8 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     return lora, sum(weight.numel() for weight in model.parameters())
 
 
-@functools.cache
-def count_clip_lora(target_modules: tuple[str, ...], rank: int = 16) -> tuple[int, int]:
-    """Return LoRA's and all parameters of CLIP ViT-L/14 (Radford et al. 2021, table 20), built without
-    memory."""
+def build_clip_lora(target_modules: Sequence[str], rank: int = 16) -> torch.nn.Module:
+    """Return CLIP ViT-L/14 (Radford et al. 2021, table 20) with LoRA, on the meta device (no memory)."""
     from peft import LoraConfig, inject_adapter_in_model
     from transformers import CLIPConfig, CLIPModel
 
@@ -118,14 +116,11 @@ def count_clip_lora(target_modules: tuple[str, ...], rank: int = 16) -> tuple[in
     )
     with torch.device("meta"):
         clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=768))
-        if target_modules:
-            inject_adapter_in_model(LoraConfig(r=rank, target_modules=list(target_modules)), clip)
-    return count_parameters(clip)
+        return inject_adapter_in_model(LoraConfig(r=rank, target_modules=list(target_modules)), clip)
 
 
-@functools.cache
-def count_unet_lora(target_modules: tuple[str, ...], rank: int = 4) -> tuple[int, int, int]:
-    """Return LoRA's parameters, all parameters and the wrapped modules of Stable Diffusion 2's U-Net."""
+def build_unet_lora(target_modules: Sequence[str], rank: int = 4) -> torch.nn.Module:
+    """Return the U-Net of Stable Diffusion 2 with LoRA, on the meta device."""
     from diffusers import UNet2DConditionModel
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -137,8 +132,19 @@ def count_unet_lora(target_modules: tuple[str, ...], rank: int = 4) -> tuple[int
             attention_head_dim=(5, 10, 20, 20),
             use_linear_projection=True,
         )
-        if target_modules:
-            inject_adapter_in_model(LoraConfig(r=rank, target_modules=list(target_modules)), unet)
+        return inject_adapter_in_model(LoraConfig(r=rank, target_modules=list(target_modules)), unet)
+
+
+@functools.cache
+def count_clip_lora(target_modules: tuple[str, ...], rank: int = 16) -> tuple[int, int]:
+    """Return LoRA's and all parameters of CLIP ViT-L/14."""
+    return count_parameters(build_clip_lora(target_modules, rank))
+
+
+@functools.cache
+def count_unet_lora(target_modules: tuple[str, ...], rank: int = 4) -> tuple[int, int, int]:
+    """Return LoRA's parameters, all parameters and the wrapped modules of Stable Diffusion 2's U-Net."""
+    unet = build_unet_lora(target_modules, rank)
     return *count_parameters(unet), sum(hasattr(module, "lora_A") for module in unet.modules())
 
 
@@ -165,7 +171,8 @@ UNET_AS_MEANT = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out")
 
 @settles("0.06")
 def _size_of_unet(claim, published, studies):
-    total = count_unet_lora(())[1]
+    lora, with_lora, _ = count_unet_lora(UNET_AS_RUN)
+    total = with_lora - lora
     return Finding(_agree(total / 1e6, published[claim][0], 1), COUNTING, f"{total:,} parameters")
 
 
@@ -425,6 +432,50 @@ def _speed_up(claim, published, studies):
         ARITHMETIC,
         f"{ratios.min():.2f} x is the least of six ratios to DINOv2 (mean "
         f"{ratios.mean():.2f} x), with batch 64 against 16",
+    )
+
+
+# -- from the tables of studies -----------------------------------------------------------------------------
+
+
+def _accuracies(studies: Studies, study: str, model: str, split: str) -> pd.DataFrame:
+    """Return the runs of `model` on all real training images of `study` (no rows where there are none)."""
+    runs = studies.get(study, {}).get(
+        "classification.csv", pd.DataFrame(columns=["arm", "model", "split", "fraction"])
+    )
+    return runs[
+        (runs["arm"] == "real")
+        & (runs["model"] == model)
+        & (runs["split"] == split)
+        & (runs["fraction"] == 1)
+    ]
+
+
+@settles("3.10")
+def _mobilenet(claim, published, studies):
+    runs = _accuracies(studies, "guangzhou-local", "mobilenetv2", "test")
+    if runs.empty:
+        return None
+    mean, n, expected = runs["accuracy"].mean(), int(runs["n"].iloc[0]), published[claim][0] / 100
+    low, high = proportion_confint(round(expected * n), n, method="wilson")
+    return Finding(
+        "reproduced" if low <= mean <= high else "corrected",
+        "guangzhou-local/05-baselines",
+        f"{mean:.1%} on average of {len(runs)} seeds ({runs['accuracy'].min():.1%} to {runs['accuracy'].max():.1%}); "
+        f"one run of {n} images leaves {low:.1%} to {high:.1%}",
+    )
+
+
+@settles("3.17")
+def _validation_beside_test(claim, published, studies):
+    val, test = (_accuracies(studies, "guangzhou-local", "mobilenetv2", split) for split in ("val", "test"))
+    if val.empty or test.empty:
+        return None
+    return Finding(
+        "answered",
+        "guangzhou-local/05-baselines",
+        f"MobileNetV2: validation {val['accuracy'].mean():.1%}, test {test['accuracy'].mean():.1%} "
+        f"(means of {len(test)} seeds)",
     )
 
 

@@ -13,8 +13,10 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -42,8 +44,12 @@ REFERENCE_TEXT = {
 def load_pipeline(model_id: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
     """Return the `StableDiffusionPipeline` at `model_id` (local folder or hub id), safetensors only.
 
-    The safety checker is left out: it is trained on photographs and blacks out medical images.
+    The safety checker is left out: it is trained on photographs and blacks out medical images. From here on the loaders'
+    own bars and notes are silent, in this process.
     """
+    for logging in (diffusers.logging, transformers.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
     pipe = StableDiffusionPipeline.from_pretrained(model_id, safety_checker=None, use_safetensors=True,
                                                    trust_remote_code=False)
     pipe.set_progress_bar_config(disable=True)
@@ -132,7 +138,8 @@ def add_lora(unet: UNet2DConditionModel, rank: int, lora_alpha: float, target_mo
     unmatched = [target for target in target_modules
                  if not any(name == target or name.endswith(f".{target}") for name in names)]
     if unmatched:
-        endings = sorted({".".join(name.split(".")[-2 if name[-1].isdigit() else -1:]) for name in names})
+        parts = [name.split(".") for name in names]
+        endings = sorted({".".join(part[-2:] if part[-1].isdigit() else part[-1:]) for part in parts})
         raise ValueError(f"LoRA target(s) {', '.join(unmatched)} match no layer and would be left out in silence; "
                          f"layers here end in: {', '.join(endings)}")
     unet.requires_grad_(False)

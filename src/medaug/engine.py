@@ -78,9 +78,23 @@ def _module_files(name: str) -> set[Path]:
 
 def find_weights(parameters: dict) -> list[Path]:
     """Return the files of the shipped foundation weights that `parameters` name ("foundations/NAME"), sorted."""
-    folders = [paths.FOUNDATIONS / value.removeprefix("foundations/") for value in parameters.values()
-               if isinstance(value, str) and value.startswith("foundations/")]
+    names = {value for value in _list_texts(parameters) if value.startswith("foundations/")}
+    folders = [paths.FOUNDATIONS / name.removeprefix("foundations/") for name in names]
     return sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
+
+
+def _list_texts(value) -> list[str]:
+    """All texts in a value of lists and dicts."""
+    if isinstance(value, dict | list):
+        return [text for part in (value.values() if isinstance(value, dict) else value) for text in _list_texts(part)]
+    return [value] if isinstance(value, str) else []
+
+
+def find_evidence(study: str, parameters: dict) -> list[Path]:
+    """Return the tables of other studies that a notebook counts as evidence, as far as they are there, sorted."""
+    others = [name for name in parameters.get("evidence_studies", []) if name != study]
+    tables = (path for name in others for path in (paths.run_dir(name) / "tables", paths.published_dir(name)))
+    return sorted(path for folder in tables for path in folder.glob("*.csv") if path.name != "timing.csv")
 
 
 def notebook_environment(threads: int, online: bool = False) -> dict[str, str]:
@@ -132,7 +146,7 @@ def execute_notebook(study: str, notebook: str) -> Path:
 
 def _give_folder(parameters: dict) -> dict:
     """A notebook that reads a real source gets the folder of the command line, unless the study names one."""
-    if parameters.get("source", studies.BUILT_IN) == studies.BUILT_IN or parameters.get("data", "given"):
+    if studies.is_built_in(parameters) or parameters.get("folder") or parameters.get("data", "given"):
         return parameters
     return {**parameters, "data": os.environ.get("MEDAUG_DATA", "")}
 

@@ -34,10 +34,10 @@ class Encoder:
     std: tuple[float, ...]
 
 
-def load_encoder(name: str, device: str = "cpu") -> Encoder:
-    """Return the encoder `name`: "mobilenetv2", "clip-foundation", or the model id of a transformers vision model.
+def load_encoder(name: str, model_id: str = "", device: str = "cpu") -> Encoder:
+    """Return the encoder `name`: "mobilenetv2", or a transformers vision model (CLIP and others) found at `model_id`.
 
-    "mobilenetv2" reads `weights/mobilenet_v2_imagenet.safetensors` from the data folder (MEDAUG_DATA). Raises
+    `model_id` is a hub id or local folder, by default the name itself. "mobilenetv2" reads `weights/mobilenet_v2_imagenet.safetensors` from the data folder (MEDAUG_DATA). Raises
     FileNotFoundError that says where it should be. safetensors only, no remote code.
     """
     if name == "mobilenetv2":
@@ -47,7 +47,7 @@ def load_encoder(name: str, device: str = "cpu") -> Encoder:
         model = mobilenet_v2()
         model.load_state_dict({key: value.float() for key, value in load_file(path).items()})
         return Encoder(name, model.eval().to(device), 224, (0.5,) * 3, (0.5,) * 3)
-    model_id = paths.resolve_model("foundations/clip" if name == "clip-foundation" else name)
+    model_id = paths.resolve_model(model_id or name)
     processor = AutoImageProcessor.from_pretrained(model_id, trust_remote_code=False)
     model = AutoModel.from_pretrained(model_id, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
     size = processor.size.get("shortest_edge") or processor.size["height"]

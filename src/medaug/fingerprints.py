@@ -93,16 +93,18 @@ def find_near_pairs(phash: np.ndarray, thumbnails_u8: np.ndarray, max_distance: 
     confirmed by the correlation of the two thumbnails. With `against=(phash, thumbnails_u8)`, `second` counts in that set.
     """
     other_hash, other_thumbnails = against or (phash, thumbnails_u8)
+    unit = _standardise(thumbnails_u8)
+    other_unit = _standardise(other_thumbnails) if against else unit
     found = []
     for start in range(0, len(phash), block):
         distance = np.bitwise_count(phash[start:start + block, None] ^ other_hash[None])
         first, second = np.nonzero(distance <= max_distance)
-        keep = slice(None) if against else first + start < second
-        found.append(np.stack([first + start, second, distance[first, second]])[:, keep])
-    first, second, distance = np.concatenate(found, axis=1) if found else np.zeros((3, 0), int)
-    unit, other_unit = _standardise(thumbnails_u8), _standardise(other_thumbnails)
-    correlation = np.einsum("np,np->n", unit[first], other_unit[second])
-    pairs = pd.DataFrame({"first": first, "second": second, "distance": distance, "correlation": correlation.round(4)})
+        if not against:
+            first, second = first[first + start < second], second[first + start < second]
+        correlation = np.einsum("np,np->n", unit[first + start], other_unit[second])
+        found.append(pd.DataFrame({"first": first + start, "second": second, "distance": distance[first, second],
+                                   "correlation": correlation.astype(float).round(4)}))  # fmt: skip
+    pairs = pd.concat(found, ignore_index=True)
     return pairs[pairs["correlation"] >= min_correlation].reset_index(drop=True)
 
 

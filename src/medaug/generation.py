@@ -24,11 +24,24 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from medaug import diffusion
-from medaug.diffusion import halve_batch, hash_code, hash_weights
+from medaug.diffusion import halve_batch, hash_code, hash_weights, load_pipeline
 from medaug.runtime import progress, replace_when_done, save_json
 
 # Deterministic samplers only: all chance is in the initial noise.
 SCHEDULERS = {"ddim": DDIMScheduler, "dpm-solver++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
+
+
+def load_generator(model_id: str, adapter: Path | None = None, device: str = "cpu") -> StableDiffusionPipeline:
+    """Return the pipeline of `model_id`, with the LoRA in folder `adapter` folded into its weights if one is given.
+
+    Folded in, an adapter costs no time while sampling; sums round differently, by less than one grey level.
+    """
+    pipe = load_pipeline(model_id, device)
+    if adapter is not None:
+        pipe.load_lora_weights(adapter)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    return pipe
 
 
 def set_scheduler(pipe: StableDiffusionPipeline, name: str) -> None:
@@ -75,20 +88,20 @@ def plan_images(generator: str, prompts: Mapping[str, str], counts: Mapping[str,
     """Return one row per image to make: `image_id, path, label, generator, generator_seed, index, prompt, seed`.
 
     `prompts` and `counts` have one entry per class; unequal counts serve to balance a data set. `path` is relative to the
-    folder that `generate` is given.
+    run's folder.
     """
     return pd.DataFrame([
         {"image_id": f"{generator}-{label}-{generator_seed}-{index:05d}",
-         "path": f"{generator}/{label}/{generator_seed}-{index:05d}.png", "label": label, "generator": generator,
+         "path": f"synthetic/{generator}/{label}/{generator_seed}-{index:05d}.png", "label": label, "generator": generator,
          "generator_seed": generator_seed, "index": index, "prompt": prompts[label],
          "seed": derive_seed(generator_seed, label, index)}
         for label, count in counts.items() for index in range(count)])
 
 
-def generate(pipe: StableDiffusionPipeline, plan: pd.DataFrame, folder: Path, scheduler: str = "dpm-solver++",
+def generate(pipe: StableDiffusionPipeline, plan: pd.DataFrame, run_dir: Path, scheduler: str = "dpm-solver++",
              num_inference_steps: int = 10, guidance_scale: float = 1.0, negative_prompt: str = "",
              image_size: int = 64, batch_size: int = 64, mode: str = "L") -> tuple[pd.DataFrame, dict]:
-    """Make the images of `plan` (see `plan_images`) as PNG files under `folder`; return their manifest and the timing.
+    """Make the images of `plan` (see `plan_images`) as PNG files in `run_dir`; return their manifest and the timing.
 
     The manifest adds `sha256, model_hash, num_inference_steps, guidance_scale, scheduler, batch_size, origin` to the plan.
     Batches are fixed by row number, and a batch whose files are all there is not made again, so a killed run ends with the
@@ -102,15 +115,15 @@ def generate(pipe: StableDiffusionPipeline, plan: pd.DataFrame, folder: Path, sc
                "batch_size": batch_size, "code": hash_code(__file__, diffusion.__file__), "device": pipe.device.type,
                "plan": hashlib.sha256(plan.to_csv(index=False).encode()).hexdigest()[:16]}
     first = plan.iloc[0]
-    card = Path(folder) / first["generator"] / f"settings-{first['generator_seed']}.json"
+    card = Path(run_dir) / "synthetic" / first["generator"] / f"settings-{first['generator_seed']}.json"
     if not card.exists() or json.loads(card.read_text(encoding="utf-8"))["content"] != content:
         for path in plan["path"]:
-            (Path(folder) / path).unlink(missing_ok=True)
+            (Path(run_dir) / path).unlink(missing_ok=True)
         save_json(card, {"content": content})
     made, seconds, rows, bar = 0, 0.0, [], progress(desc=first["generator"], total=len(plan), unit="image")
     for start in range(0, len(plan), batch_size):
         batch = plan.iloc[start:start + batch_size]
-        files = [Path(folder) / path for path in batch["path"]]
+        files = [Path(run_dir) / path for path in batch["path"]]
         size = _read_batch_size(files)
         if size is None:
             began = time.perf_counter()
@@ -129,6 +142,18 @@ def generate(pipe: StableDiffusionPipeline, plan: pd.DataFrame, folder: Path, sc
     timing = {"images": made, "seconds": seconds, "images_per_second": made / max(seconds, 1e-9)}
     save_json(card, {"content": content, **timing})
     return manifest, timing
+
+
+def save_manifest(manifest: pd.DataFrame, run_dir: Path) -> Path:
+    """Write `synthetic/manifest.parquet`, rows sorted, and delete images of earlier runs that it does not list."""
+    path = Path(run_dir) / "synthetic" / "manifest.parquet"
+    listed = {Path(run_dir) / name for name in manifest["path"]}
+    for file in path.parent.rglob("*.png"):
+        if file not in listed:
+            file.unlink()
+    with replace_when_done(path) as temporary:
+        manifest.sort_values(["generator", "label", "generator_seed", "index"]).to_parquet(temporary, index=False)
+    return path
 
 
 def hash_pipeline(pipe: StableDiffusionPipeline) -> str:

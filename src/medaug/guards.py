@@ -392,8 +392,8 @@ def check_metrics_consistent(row: Mapping, tolerance: float = 1e-4, every_class_
 
     The main bound: macro F1 <= HM(macro precision, macro recall), HM the harmonic mean. Proof: each class has
     F1_c = HM(P_c, R_c); HM(p, r) = 2pr/(p + r) is concave on the positive quadrant (its Hessian is
-    -4/(p + r)^3 v v' with v = (r, -p), so never positive); by Jensen the mean of HM(P_c, R_c) over the classes
-    is at most HM(mean P_c, mean R_c). Source: Opitz & Burst, "Macro F1 and Macro F1", arXiv 1911.03347. Also:
+    -4/(p + r)^3 v v' with v = (r, -p), so never positive); by Jensen the mean of HM(P_c, R_c) over classes is
+    at most HM(mean P_c, mean R_c). Source: Opitz & Burst, "Macro F1 and Macro F1", arXiv 1911.03347. Also:
     shares lie in [0, 1], Brier in [0, 2], balanced accuracy is macro recall where `every_class_present`.
     `tolerance` covers figures rounded to four digits.
     """
@@ -412,8 +412,8 @@ def check_metrics_consistent(row: Mapping, tolerance: float = 1e-4, every_class_
         bound = harmonic_mean(precision, recall)
         if f1 > bound + tolerance:
             fail(
-                f"macro F1 {f1:.4f} exceeds {bound:.4f}, the harmonic mean of macro precision {precision:.4f} "
-                f"and macro recall {recall:.4f}, which cannot be",
+                f"macro F1 {f1:.4f} exceeds {bound:.4f}, the harmonic mean of macro precision {precision:.4f}"
+                f" and macro recall {recall:.4f}, which cannot be",
                 effect,
                 remedy,
             )

@@ -22,11 +22,10 @@ from medaug.runtime import replace_when_done
 QUESTION_ARM, BASELINE, CONTROL, BOUND = "real+synthetic", "real", "real+duplicates", "oracle"
 SHOWN_STUDY = "phantom"  # the only study whose pictures may be shown: its images are simulated
 VERDICTS = ("reproduced", "refuted", "corrected", "answered", "not testable here")
-REPORTS = {"0": "Pneumonia: Stable Diffusion and CLIP", "1": "The same, portfolio page", "2": "Lymphoma", "3": "Baselines",
-           "4": "COVID radiography"}
+REPORTS = {"0": "0 and 1: pneumonia, Stable Diffusion and CLIP", "2": "2: lymphoma, three ways to augment",
+           "3": "3: pneumonia, baselines", "4": "4: COVID radiography, segmentation"}
 METRIC_NAMES = {"macro_f1": "macro F1", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC",
                 "auprc": "AUPRC", "ece": "ECE", "brier": "Brier score"}
-COUNTED = {"macro_f1", "accuracy", "balanced_accuracy", "macro_precision", "macro_recall", "auroc", "auprc"}
 # The claims (of data/results/claims.csv) that each guard would have stopped.
 STOPS = {
     "check_lora_coverage": ["0.09", "0.17"],
@@ -46,7 +45,7 @@ STOPS = {
 FRONT_FIGURES = [
     ("verdict-forest", "07-verdict",
      "What each training set was worth, against the real images alone and against as many duplicates. A dot is the mean "
-     "difference, a line its 95 % interval; where the line crosses zero, the sign is not settled."),
+     "difference, a line its 95\u00a0% interval; where the line crosses zero, the sign is not settled."),
     ("prompt-grid", "02-sd-lora",
      "The same prompts and the same noise, before and after LoRA. What changes from row to row is what the generator learned; "
      "all images are simulated."),
@@ -144,7 +143,7 @@ def format_interval(row) -> str:
 def describe(row, against: str) -> str:
     """Return one comparison as a sentence, worded by its verdict."""
     verdict, metric = row.verdict, METRIC_NAMES.get(row.metric, row.metric)
-    size = f"**{format_points(row.delta)} points** of {metric} (95 % interval {format_points(row.ci_low)} to {format_points(row.ci_high)})"
+    size = f"**{format_points(row.delta)} points** of {metric} (95\u00a0% interval {format_points(row.ci_low)} to {format_points(row.ci_high)})"
     if verdict == "helps":
         return f"Against {against}, they helped: {size}."
     if verdict == "hurts":
@@ -389,12 +388,15 @@ def table_of_measures(study: str, source: Tables) -> str:
 
 def _measure_audit(study: str, source: Tables) -> list[str] | None:
     audit = source.read_json(study, "audit.json")
-    leaks, scores = audit.get("cross_split_leaks"), audit.get("shortcut_scores")
-    if leaks is None and not scores:
+    leaks, views, splits = audit.get("cross_split_leaks"), audit.get("shortcut_scores"), audit.get("split_by_image")
+    if not leaks or not views:
         return None
-    found = f"{sum(leaks.values()) if isinstance(leaks, dict) else leaks} leaks across splits" if leaks is not None else ""
-    return [link_notebook("01-data-audit", study, "the data"), "leaks between training and test; what size, border or background betray",
-            "chance, and a split by image", found + ("; shortcut scores in the notebook" if scores else "")]
+    highest = max(views, key=lambda view: view["balanced_accuracy"])
+    gain = max((row["difference"] for row in splits or []), default=float("nan"))
+    return [link_notebook("01-data-audit", study, "the data"), "patients, pictures or near-duplicates in two splits",
+            f"a split by image would have gained {format_points(gain)} points",
+            f"{sum(leaks.values())}; what is left without the disease ({highest['view']}) gives {highest['balanced_accuracy']:.3f} "
+            f"balanced accuracy, {highest['verdict']}"]
 
 
 def _measure_generator(study: str, source: Tables) -> list[str] | None:
@@ -533,7 +535,7 @@ def table_of_verdicts(study: str, source: Tables) -> str:
     verdict = source.read(study, "verdict.csv")
     if verdict is None:
         return ""
-    delta = "Δ, points (95 % interval)"
+    delta = "Δ, points (95\u00a0% interval)"
     columns = {"arm": "l", "control": "l", "model": "l", "metric": "l", delta: "r", "p, Holm": "r", "MDE": "r", "seeds": "r",
                "patients": "r", "verdict": "l"}
     rows = [{"arm": show_arm(row.arm), "control": show_arm(row.control), "model": f"`{row.model}`",
@@ -585,17 +587,20 @@ def compose_claims_table(source: Tables) -> str:
     columns = {"id": "l", "claim": "l", "as published": "l", "found here": "l", "verdict": "l", "evidence": "l"}
     rows = [[f"[{row.id}]{{#claim-{row.id.replace('.', '-')}}}", escape_markdown(getattr(row, "claim", "")),
              escape_markdown(row.published_value), escape_markdown(row.value), show_verdict(row.verdict),
-             link_evidence(escape_markdown(row.evidence))] for row in claims.itertuples()]
+             link_evidence(row.evidence)] for row in claims.itertuples()]
     return in_div(make_table(columns, rows, (6, 34, 20, 24, 14, 28)), "claims sortable filterable", "claims-table")
 
 
 def link_evidence(text: str) -> str:
-    """Return the evidence with every notebook name ("07-verdict", "guangzhou-local/05-baselines") turned into a link."""
-    names = "|".join(path.stem for path in paths.NOTEBOOKS.glob("[0-9][0-9]-*.ipynb"))
-    if not names:
-        return text
-    return re.sub(rf"(?<![\w/[-])(?:([a-z][\w-]*)/)?({names})(?:\.ipynb)?\b(?!\])",
-                  lambda match: link_notebook(match[2], match[1] or SHOWN_STUDY, match[0]), text)
+    """Return the evidence with each notebook in it ("07-verdict#caught", "guangzhou-local/05-baselines") turned into a link."""
+    names = "|".join(path.stem for path in paths.NOTEBOOKS.glob("[0-9][0-9]-*.ipynb")) or "(?!)"
+    parts = re.split(rf"(?<![\w-])((?:[a-z][\w-]*/)?(?:{names})(?:#[\w-]+)?)(?![\w-])", text)
+    for place in range(1, len(parts), 2):
+        page, _, section = parts[place].partition("#")
+        study, _, name = page.rpartition("/")
+        shown = page + (f", {section.replace('-', ' ')}" if section else "")
+        parts[place] = f"[{shown}](/runs/{study or SHOWN_STUDY}/notebooks/{name}.ipynb{'#' + section if section else ''})"
+    return "".join(part if place % 2 else escape_markdown(part) for place, part in enumerate(parts))
 
 
 def compose_claims_summary(source: Tables) -> str:
@@ -606,7 +611,7 @@ def compose_claims_summary(source: Tables) -> str:
     report = claims["report"] if "report" in claims.columns else claims["id"].str.split(".").str[0]
     shown = [verdict for verdict in VERDICTS if (claims["verdict"] == verdict).any()]
     columns = {"report": "l", "claims": "r", **{show_verdict(verdict): "r" for verdict in shown}}
-    rows = [[f"{number}: {REPORTS.get(str(number), '')}" if str(number) in REPORTS else str(number), str(len(group)),
+    rows = [[REPORTS.get(str(number), str(number)), str(len(group)),
              *(str((group["verdict"] == verdict).sum() or "") for verdict in shown)] for number, group in claims.groupby(report)]
     rows.append(["**all**", f"**{len(claims)}**", *(f"**{(claims['verdict'] == verdict).sum()}**" for verdict in shown)])
     return make_table(columns, rows)
@@ -614,10 +619,12 @@ def compose_claims_summary(source: Tables) -> str:
 
 def compose_caught(source: Tables) -> str:
     """Every guard: what it checks (its own first sentence), which claims it would have stopped, which notebooks show it."""
-    rows = []
+    rows, claims = [], source.read_claims()
+    listed = set(claims["id"]) if claims is not None else set()
     for name, guard in inspect.getmembers(guards, inspect.isfunction):
         if name.startswith("check_") and guard.__module__ == guards.__name__:
-            stops = ", ".join(f"[{claim}](/claims.qmd#claim-{claim.replace('.', '-')})" for claim in STOPS.get(name, []))
+            stops = ", ".join(f"[{claim}](/claims.qmd#claim-{claim.replace('.', '-')})" if claim in listed else claim
+                              for claim in STOPS.get(name, []))
             rows.append([f"`{name}`", summarise(guard), stops or "–", ", ".join(find_uses(name)) or "its test"])
     rows.sort(key=lambda row: (row[2] == "–", row[2]))
     return in_div(make_table({"guard": "l", "what it checks": "l", "would have stopped": "l", "shown in": "l"}, rows, (24, 50, 18, 24)),
@@ -631,12 +638,19 @@ def summarise(guard: Callable) -> str:
 
 
 def find_uses(name: str) -> list[str]:
-    """Return links to the notebooks whose code calls the function `name`."""
+    """Return links to the notebooks whose code calls the function `name`, each to the section of its last use."""
     links = []
     for path in sorted(paths.NOTEBOOKS.glob("[0-9][0-9]-*.ipynb")):
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        if any(f"{name}(" in "".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"):
-            links.append(link_notebook(path.stem, text=path.stem[:2]))
+        section = used = None
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            text = "".join(cell["source"])
+            if cell["cell_type"] == "markdown":
+                for _, anchor in re.findall(r"^(#+) [^\n{]*(?:\{#([\w-]+)\})?", text, flags=re.MULTILINE):
+                    section = f"#{anchor}" if anchor else ""
+            elif cell["cell_type"] == "code" and f"{name}(" in text:
+                used = section or ""
+        if used is not None:
+            links.append(f"[{path.stem[:2]}](/runs/{SHOWN_STUDY}/notebooks/{path.name}{used})")
     return links
 
 

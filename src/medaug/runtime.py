@@ -101,10 +101,12 @@ def peak_memory_mb() -> float:
 
 def progress(iterable: Iterable | None = None, desc: str = "", total: int | None = None, unit: str = "it"):
     """Return a tqdm bar with an estimate; headless (MEDAUG_HEADLESS=1) it goes to the terminal, not into the notebook."""
-    from tqdm.auto import tqdm as notebook_bar
     from tqdm.std import tqdm as terminal_bar
 
     if os.environ.get("MEDAUG_HEADLESS") != "1":
+        # warns where ipywidgets is missing, so not before it is needed
+        from tqdm.auto import tqdm as notebook_bar
+
         return notebook_bar(iterable, desc=desc, total=total, unit=unit, leave=False)
     try:
         terminal = open("/dev/tty", "w")

@@ -203,7 +203,8 @@ def _leave_out_copies_of_test(records: pd.DataFrame) -> tuple[pd.DataFrame, list
 
 
 def _finish(records: pd.DataFrame) -> pd.DataFrame:
-    manifest = records.assign(origin="real")[COLUMNS].astype({"fold": int, "width": int, "height": int})
+    numbers = ("fold", "width", "height")
+    manifest = records.assign(origin="real")[COLUMNS].astype({c: int if c in numbers else str for c in COLUMNS})
     order = pd.Categorical(manifest["split"], SPLITS)
     return manifest.assign(order=order).sort_values(["order", "image_id"]).drop(columns="order").reset_index(drop=True)
 
@@ -474,6 +475,28 @@ def render_phantom(run_dir: Path, data: str, classes: list[str], seed: int = 0, 
         group=cohort["patient_id"], problem="")  # fmt: skip
     dials = {"difficulty": difficulty, "null": null, "class_probs": class_probs, "image_size": image_size}
     return records, {"patient_key": "simulated patients, known exactly", "ignored": {}, "phantom": dials}
+
+
+def list_adult_films(run_dir: Path | str, data: str = "") -> pd.DataFrame:
+    """List adult chest X-rays with captions, for a base model of a Guangzhou study: columns `path, sha256, caption`.
+
+    COVID radiography (its COVID and Normal folders, less every image that is a copy of a Guangzhou image by perceptual
+    hash) and the Montgomery and Shenzhen films. Writes nothing but the caches in `run_dir`.
+    """
+    run_dir = Path(run_dir)
+    covid, _ = read_covid(run_dir, data, [])
+    theirs, _ = read_guangzhou(run_dir, data, [])
+    covid = covid[covid["label"].isin(["covid", "normal"]) & ~covid["patient_id"].isin(theirs["patient_id"])]
+    lungs, _ = read_lungs(run_dir, data, [])
+    words = {"covid": "frontal film of an adult chest, hazy shadows, archive one",
+             "normal": "frontal film of an adult chest, unremarkable, archive one"}
+    films = pd.concat([covid.assign(caption=covid["label"].map(words)),
+                       lungs.assign(caption=lungs["label"].map({
+                           "normal": "frontal film of an adult chest, unremarkable, archive two",
+                           "tuberculosis": "frontal film of an adult chest, scars and cavities, archive two"}))])
+    films = films[films["problem"] == ""].reset_index(drop=True)
+    usable, _ = _inspect(films, run_dir)
+    return usable[["path", "sha256", "caption"]].drop_duplicates("sha256").reset_index(drop=True)
 
 
 def _save_png(item: tuple[Path, np.ndarray]) -> None:

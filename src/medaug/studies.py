@@ -200,15 +200,21 @@ def check_study(study: str, data: str = "") -> None:
                              "(a study does not write over the weights that ship with the project)")
 
 
+def is_built_in(parameters: dict) -> bool:
+    """Say whether a notebook with these parameters needs no images from elsewhere."""
+    return parameters.get("source", BUILT_IN) == BUILT_IN and not parameters.get("folder")
+
+
 def _check_source(where: str, parameters: dict, given: str) -> None:
     """Readers find a named source by its name in or beside the folder given, or take that folder for it."""
-    source, given = parameters.get("source", BUILT_IN), parameters.get("data") or given
-    if source != BUILT_IN and not given:
+    source = parameters.get("source", BUILT_IN)
+    folder = parameters.get("folder") or parameters.get("data") or given
+    if not is_built_in(parameters) and not folder:
         raise FileNotFoundError(f"{where}: source '{source}' needs a folder: set `data` there, or DATA=/path (make)")
-    if source != BUILT_IN and not Path(given).expanduser().exists():
-        raise FileNotFoundError(f"{where}: there is no {given}; set `data` or DATA to where the images are")
+    if not is_built_in(parameters) and not Path(folder).expanduser().exists():
+        raise FileNotFoundError(f"{where}: there is no {folder}; set it to where the images are")
     if parameters.get("mask_source"):
-        paths.find_source(parameters["mask_source"], given)
+        paths.find_source(parameters["mask_source"], folder)
 
 
 def estimate_study(study: str) -> dict[str, dict]:

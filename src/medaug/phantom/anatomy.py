@@ -9,7 +9,17 @@ about 80 keV (NIST XCOM).
 import numpy as np
 import torch
 
-from medaug.phantom.geometry import blur, bump, ellipse, root, soft_step, splat, squared_distance, to_pixels
+from medaug.phantom.geometry import (
+    blur,
+    bump,
+    ellipse,
+    root,
+    soft_step,
+    splat,
+    squared_distance,
+    take,
+    to_pixels,
+)
 
 MU_SOFT, MU_CORTICAL, MU_SPONGY = 0.18, 0.62, 0.16  # bone is in excess of the soft tissue that it displaces
 AERATED = 0.74  # part of the lung's volume that is air
@@ -89,9 +99,7 @@ def measure_heart(g, p, big):
 
 
 def attenuate_tube(q, size):
-    """Return the attenuation of a round bone: a cortical shell around a spongy core; `q` = (distance /
-    radius)^2.
-    """
+    """Return the attenuation of a bone, shell around spongy core; `q` = (distance / radius)^2, `size` in cm."""
     outer, inner = (1 - q).clamp_min_(0), (1 - 1.55 * q).clamp_min_(0)
     outer = (2 - outer).mul_(
         outer
@@ -212,16 +220,38 @@ def grow_tree(g, p, draws, levels=(0, 1, 2)):
     return canvas
 
 
-def attenuate_distractors(g, p):
-    """Return what overlies any chest, whatever its label: breasts, nipples, a skin fold, a monitoring lead
-    with its pad.
-    """
-    x, y, ax = g["x"], g["y"], g["ax"]
-    total = root(ellipse(ax, y, 0.40, 0.22, 0.30, 0.30)) * (p["breast"].clamp_min(0) * 2.6 * MU_SOFT)
-    total += root(ellipse(ax, y, 0.42, 0.30, 0.030, 0.030)) * ((p["nipple"] > 0.3) * 0.16)
-    fold = y * 0.25 + x - 0.55 * torch.sin(9 * p["where_x"])
-    total += soft_step(fold, 0.012) * bump(fold.clamp_min(0) * 8) * (p["fold"].clamp_min(0) * 0.14)
-    lead = y - 0.25 * p["where_y"] - 0.35 * torch.sin(2.2 * x + 4 * p["where_x"])
-    total += bump(lead * (1 / (0.006 + 0.35 * g["px"]))) * ((p["lead"] > 0.3) * 0.30)
+def draw_breasts(g, p):
+    """Return two breasts over the lower zones, as attenuation."""
+    return root(ellipse(g["ax"], g["y"], 0.40, 0.22, 0.30, 0.30)) * (2.6 * MU_SOFT * p["breast"])
+
+
+def draw_nipples(g, p):
+    """Return two nipples, which look like nodules, as attenuation."""
+    return root(ellipse(g["ax"], g["y"], 0.42, 0.30, 0.030, 0.030)) * 0.16
+
+
+def draw_fold(g, p):
+    """Return a fold of skin, sharp on one side and fading on the other, as attenuation."""
+    distance = 0.25 * g["y"] + g["x"] - 0.55 * torch.sin(9 * p["where_x"])
+    return soft_step(distance, 0.012) * bump(distance.clamp_min(0) * 8) * (0.14 * p["fold"])
+
+
+def draw_lead(g, p):
+    """Return the lead of a heart monitor and its pad, as attenuation."""
+    x, y, thin = g["x"], g["y"], 0.006 + 0.35 * g["px"]
+    wire = bump((y - 0.25 * p["where_y"] - 0.35 * torch.sin(2.2 * x + 4 * p["where_x"])) * (1 / thin))
     pad = ellipse(x, y, 0.5 * torch.sin(7 * p["where_x"]), -0.3 * p["where_y"], 0.035, 0.035)
-    return total + root(pad) * ((p["lead"] > 0.6) * 0.5)
+    return 0.30 * wire + root(pad) * (0.5 * (p["lead"] > 0.3))
+
+
+DISTRACTORS = {"breast": draw_breasts, "nipple": draw_nipples, "fold": draw_fold, "lead": draw_lead}
+
+
+def attenuate_distractors(g, p):
+    """Return what may overlie a chest of any label; each is there where its parameter is positive."""
+    total = torch.zeros_like(g["x"])
+    for name, draw in DISTRACTORS.items():
+        which = (p[name].flatten() > 0).nonzero().flatten()
+        if len(which):
+            total[which] += draw(*take(which, g, p))
+    return total

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from medaug.phantom import anatomy, findings
 from medaug.phantom.anatomy import AERATED, MU_SOFT
-from medaug.phantom.geometry import blur, place_patient, smooth_field, soft_step, splat
+from medaug.phantom.geometry import blur, place_patient, smooth_field, soft_step, splat, take
 from medaug.runtime import progress
 
 CLASSES = ("normal", "bacterial", "viral", "covid", "opacity")
@@ -30,14 +30,14 @@ PATIENT = {
     "rib_size": (0.26, 0.33), "bone": (0.65, 1.05), "heart": (0.88, 1.10), "heart_tilt": (0.45, 0.85),
     "knob": (0.075, 0.105), "vessels": (0.7, 1.4), "clavicle": (-0.60, -0.50),
     "clavicle_rise": (0.08, 0.20), "spine_bend": (-0.02, 0.02), "breast": (-1.2, 1.0),
-    "nipple": (-1.0, 1.0), "dome_right": (0.40, 0.50), "dome_left": (0.45, 0.54),
+    "nipple": (-1.3, 0.7), "dome_right": (0.40, 0.50), "dome_left": (0.45, 0.54),
 }  # fmt: skip
 IMAGE = {
     "angle": (-0.07, 0.07), "shift_x": (-0.07, 0.07), "shift_y": (-0.07, 0.05), "zoom": (0.90, 1.06),
     "turn": (-0.05, 0.05), "breath": (-0.10, 0.06), "exposure": (-1.0, 1.0), "contrast": (0.8, 1.25),
     "gamma": (0.85, 1.25), "noise": (0.5, 1.6), "scatter": (0.25, 0.7), "focus": (0.0, 0.8),
     "marker": (0.0, 1.0), "marker_y": (-0.93, -0.70), "border": (-1.5, 1.0), "gas": (-0.8, 1.0),
-    "fold": (-2.0, 1.0), "lead": (-2.0, 1.0), "arms": (-0.03, 0.10), "mottle": (0.6, 1.4),
+    "fold": (-2.0, 1.0), "lead": (-2.3, 0.7), "arms": (-0.03, 0.10), "mottle": (0.6, 1.4),
     "side": (0.0, 1.0), "lobe": (0.0, 1.0), "extent": (0.0, 1.0), "strength": (0.85, 1.15),
     "where_x": (-1.0, 1.0), "where_y": (-1.0, 1.0), "kind": (0.0, 1.0), "balance": (0.7, 1.3),
 }  # fmt: skip
@@ -64,9 +64,8 @@ def draw_parameters(patients, images) -> tuple[dict, dict]:
             }
         )
         rows[-1]["shot"] = shot  # the noise is drawn last: it alone depends on the size
-    draws = {
-        name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0] if name != "shot"
-    }
+    names = [name for name in rows[0] if name != "shot"]
+    draws = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in names}
     unit, p = np.stack(values), {}
     for column, (name, (low, high)) in enumerate((PATIENT | IMAGE).items()):
         p[name] = torch.tensor(low + (high - low) * unit[:, column], dtype=torch.float32)[:, None, None]
@@ -74,29 +73,24 @@ def draw_parameters(patients, images) -> tuple[dict, dict]:
 
 
 def attenuate_chest(g, p, draws, labels, difficulty):
-    """Return the attenuation A of each ray, A without the label's pattern, the lung and finding masks, all
-    (N, H, W).
-    """
+    """Return A of each ray, A without the label's pattern, the lung and the finding masks; all (N, H, W)."""
     coarse, fine = smooth_field(draws["coarse"], g["size"]), smooth_field(draws["fine"], g["size"])
     big = torch.from_numpy((labels == "cardiomegaly").astype(np.float32))[:, None, None]
-    body, lung, heart = (
-        anatomy.measure_body(g, p),
-        anatomy.measure_lungs(g, p),
-        anatomy.measure_heart(g, p, big),
-    )
-    air = (lung - heart).mul_(AERATED)
+    body, lung = anatomy.measure_body(g, p), anatomy.measure_lungs(g, p)
+    air = (lung - anatomy.measure_heart(g, p, big)).mul_(AERATED)
     mask = (g["above"] > 0.5) & (g["lateral"] > 0) & ~g["silhouette"]
 
-    filled = findings.fill_lungs(g, p, labels, coarse, draws["septa"], difficulty)
+    pattern = findings.fill_lungs(g, p, labels, coarse, draws["septa"])
+    filled = (pattern * p["strength"] * (1 - 0.85 * difficulty)).clamp_(0, 1)
     vessels = anatomy.grow_tree(g, p, draws["vessels"]) * (air * (1 / 6)).clamp_max_(1) * (2.6 * p["vessels"])
     delta = air * filled
     dense = findings.select(labels, "bacterial")
     if len(dense):  # a vessel does not show in lung as dense as itself, but an open airway does
         solid = (filled[dense] * 1.6).clamp_(0, 1)
-        bronchi = anatomy.grow_tree(*findings.take(dense, g, p), draws["bronchi"][dense], levels=(0, 1))
+        bronchi = anatomy.grow_tree(*take(dense, g, p), draws["bronchi"][dense], levels=(0, 1))
         delta[dense] -= solid * (vessels[dense] + 0.35 * air[dense] * bronchi)
     delta = findings.balance_opacity(delta, air, mask)
-    finding = (filled > 0.12) & mask
+    finding = (pattern > 0.18) & mask
 
     mottle = (0.025 * p["mottle"]) * (coarse[0] + 0.8 * fine[0])
     tissue = (body - air - anatomy.measure_airways(g, p) - anatomy.measure_gas(g, p)).clamp_min_(0)
@@ -108,7 +102,7 @@ def attenuate_chest(g, p, draws, labels, difficulty):
     for name in ("effusion", "nodule", "device"):
         which = findings.select(labels, name)
         if len(which):
-            extra, shown = add_generic(name, *findings.take(which, g, p), air[which], mask[which])
+            extra, shown = add_generic(name, *take(which, g, p), air[which], mask[which])
             attenuation[which] += extra
             finding[which] |= shown & mask[which]
     return attenuation, plain, findings.dilate(mask), finding
@@ -126,9 +120,7 @@ def add_generic(name, g, p, air, mask):
 
 
 def estimate_scatter(attenuation):
-    """Return the scattered photons per primary share: a broad blur of exp(-A) on a coarse grid (Bushberg,
-    ch. 7).
-    """
+    """Return scattered photons: a broad blur of exp(-A), computed on a coarse grid (Bushberg, ch. 7)."""
     coarse = torch.exp(-F.avg_pool2d(attenuation[:, None], max(1, attenuation.shape[-1] // 16)))
     for _ in range(3):
         coarse = F.avg_pool2d(F.pad(coarse, (1, 1, 1, 1), mode="replicate"), 3, 1)
@@ -182,8 +174,7 @@ def burn_marker(grey, p):
 
 
 def render(patients, images, labels, size=64, difficulty=0.5, batch_size=None, show_progress=False) -> dict:
-    """Render N radiographs: {"image_u8": (N, H, W) uint8, "lung_mask", "finding_mask": (N, H, W) bool}, numpy
-    arrays.
+    """Render N radiographs: {"image_u8": (N, H, W) uint8, "lung_mask", "finding_mask": (N, H, W) bool}.
 
     `patients` and `images` are N non-negative int64 seeds (anatomy; pose, exposure, noise and layout of the
     finding), `labels` N names of `CLASSES` or `GENERIC`. `difficulty` 0 shows a finding at full density, 1 at
@@ -202,9 +193,7 @@ def render(patients, images, labels, size=64, difficulty=0.5, batch_size=None, s
         "lung_mask": np.zeros(shape, bool),
         "finding_mask": np.zeros(shape, bool),
     }
-    batch_size = batch_size or max(
-        1, 8 * 128**2 // size**2
-    )  # the fastest: fields of half a megabyte stay in the cache
+    batch_size = batch_size or max(1, 16 * 128**2 // size**2)  # fields of a megabyte are the fastest
     starts = range(0, len(labels), batch_size)
     for start in progress(starts, "rendering") if show_progress else starts:
         rows = slice(start, start + batch_size)

@@ -9,7 +9,17 @@ et al., Frequency and distribution of chest radiographic findings in COVID-19, R
 import numpy as np
 import torch
 
-from medaug.phantom.geometry import blur, bump, ellipse, root, soft_step, splat, squared_distance, to_pixels
+from medaug.phantom.geometry import (
+    blur,
+    bump,
+    ellipse,
+    root,
+    soft_step,
+    splat,
+    squared_distance,
+    take,
+    to_pixels,
+)
 
 SEPTA = 240  # short lines of an interstitial pattern
 
@@ -29,9 +39,7 @@ def fill_bacterial(g, p, coarse, septa):
 
 
 def fill_viral(g, p, coarse, septa):
-    """Bilateral interstitial pattern: a net of short lines (septa, thickened bronchial walls), denser at
-    the hila.
-    """
+    """Bilateral interstitial pattern: a net of short lines (septa, bronchial walls), denser at the hila."""
     size, spread = g["size"], 0.5 * (septa[..., 2] + septa[..., 3])  # (N, SEPTA)
     x, y = septa[..., 0] - 0.5, septa[..., 1] - 0.5
     cx = torch.sign(x) * (0.12 + 0.66 * spread * (0.6 + 0.8 * x.abs()))
@@ -50,9 +58,7 @@ def fill_viral(g, p, coarse, septa):
 
 
 def fill_covid(g, p, coarse, septa):
-    """Bilateral ground glass: patches of even, moderate haze along the chest wall, more in the lower
-    zones.
-    """
+    """Bilateral ground glass: patches of even, moderate haze along the chest wall, more of it below."""
     rim = bump((g["lateral"] - 0.08) * 6.5)
     low = 0.45 + 0.55 * soft_step(g["y"] - p["breath"] + 0.05, 0.35)
     patch = 0.9 * rim * low - 0.42 + 0.15 * coarse[0] + 0.10 * coarse[1] + 0.1 * p["extent"]
@@ -72,28 +78,19 @@ def fill_opacity(g, p, coarse, septa):
 PATTERNS = {"bacterial": fill_bacterial, "viral": fill_viral, "covid": fill_covid, "opacity": fill_opacity}
 
 
-def fill_lungs(g, p, labels, coarse, septa, difficulty):
-    """Return the share of the air that each image's pattern replaces (N, H, W): 0 where the label is no
-    pneumonia.
-    """
+def fill_lungs(g, p, labels, coarse, septa):
+    """Return each image's pattern before the difficulty dial (N, H, W): 0 where the label is no pneumonia."""
     filled = torch.zeros_like(g["x"])
     for name, pattern in PATTERNS.items():
         which = select(labels, name)
         if len(which):
             filled[which] = pattern(*take(which, g, p), [field[which] for field in coarse], septa[which])
-    return (filled * p["strength"] * (1 - 0.85 * difficulty)).clamp_(0, 1)
+    return filled
 
 
 def select(labels, name):
     """Return the rows of the batch that carry the label `name`."""
     return torch.from_numpy(np.flatnonzero(labels == name))
-
-
-def take(which, *parts):
-    """Return each dict of fields with only the rows `which`, so that a finding is computed only where it
-    is shown.
-    """
-    return [{k: v[which] if torch.is_tensor(v) else v for k, v in part.items()} for part in parts]
 
 
 def dilate(mask):
@@ -120,9 +117,7 @@ def balance_opacity(delta, air, mask):
 
 
 def pool_effusion(g, p):
-    """Return the share of air replaced by fluid in the costophrenic angles; its meniscus rises along the
-    chest wall.
-    """
+    """Return the share of air replaced by basal fluid, whose meniscus rises along the chest wall."""
     side = torch.where(p["side"] < 0.5, -1.0, 1.0)
     level = p["dome_right"] + p["breath"] + 0.08 - 0.28 * p["extent"]
     here = (g["x"] * side > 0) | (p["kind"] > 0.7)

@@ -1,4 +1,4 @@
-"""Small differentiable-looking shapes on pixel grids: steps, bells, ellipsoids, tubes, random fields, blurs
+"""Small shapes on pixel grids: steps, bells, ellipsoids, tubes, random fields, blurs
 and splats.
 
 Every function is element-wise (or a sum of shifted copies), so an image's bytes do not depend on its batch.
@@ -12,26 +12,20 @@ import torch.nn.functional as F
 
 
 def soft_step(distance, width):
-    """Return 0 outside, 1 inside, with a smooth edge; `distance` is positive inside, `width` half the
-    edge's width.
-    """
+    """Return 0 outside, 1 inside, smooth between; `distance` is positive inside, `width` half the edge's."""
     t = distance * (0.5 / width)
     t.add_(0.5).clamp_(0, 1)
     return (t * -2).add_(3).mul_(t).mul_(t)
 
 
 def bump(q):
-    """Return a bell of half width about 1 in `q`: like exp(-q^2), but exactly 0 beyond |q| = 2, and
-    cheaper.
-    """
+    """Return a bell of half width about 1 in `q`: a cheaper exp(-q^2), exactly 0 beyond |q| = 2."""
     t = (q * q).mul_(-0.25).add_(1).clamp_min_(0)
     return (t * t).mul_(t)
 
 
 def ellipse(x, y, cx, cy, a, b, tilt=None):
-    """Return 1 - (u/a)^2 - (v/b)^2: the squared relative chord of an ellipsoid where positive; `tilt` in
-    radians.
-    """
+    """Return 1 - (u/a)^2 - (v/b)^2, the squared relative chord of an ellipsoid; `tilt` in radians."""
     u, v = x - cx, y - cy
     if tilt is not None:
         c, s = torch.cos(tilt), torch.sin(tilt)
@@ -93,10 +87,13 @@ def splat(px, py, weight, size):
     return image.view(-1, margin, margin)[:, 1:-1, 1:-1].contiguous()
 
 
+def take(which, *parts):
+    """Return each dict of fields with the rows `which` only: what few images show costs only them."""
+    return [{k: v[which] if torch.is_tensor(v) else v for k, v in part.items()} for part in parts]
+
+
 def place_patient(p, size) -> dict:
-    """Return the coordinate fields of N posed patients: x, y, distance from the midline `ax`, and the
-    pixel's width.
-    """
+    """Return coordinates of N posed patients: x, y, distance `ax` from the midline, and the pixel's width."""
     axis = (torch.arange(size) + 0.5) * (2 / size) - 1
     v, u = torch.meshgrid(axis, axis, indexing="ij")
     c, s = torch.cos(p["angle"]) * p["zoom"], torch.sin(p["angle"]) * p["zoom"]
@@ -107,9 +104,7 @@ def place_patient(p, size) -> dict:
 
 
 def to_pixels(g, p, x, y):
-    """Map anatomical points (N, P) to pixel coordinates: the inverse of `place_patient` (without the
-    spine's bend).
-    """
+    """Map anatomical points (N, P) to pixels: the inverse of `place_patient`, less the spine's bend."""
     c, s = (torch.cos(p["angle"]) / p["zoom"])[:, :, 0], (torch.sin(p["angle"]) / p["zoom"])[:, :, 0]
     u = x * c - y * s + p["shift_x"][:, :, 0]
     v = x * s + y * c + p["shift_y"][:, :, 0]

@@ -1,11 +1,11 @@
 """Simulated H&E patches of three lymphomas: nuclei as blobs in two stains, mixed by Beer-Lambert in optical
 density.
 
-RGB = white * 10^-(h H + e E) with the stain vectors H, E of Ruifrok and Johnston, Anal Quant Cytol Histol
-2001. What the classes look like follows the WHO classification (Swerdlow et al. 2017): CLL small, round,
+RGB = white * 10^-(h H + e E), after Ruifrok and Johnston, Anal Quant Cytol Histol 2001 (their H; a pinker
+E). What the classes look like follows the WHO classification (Swerdlow et al. 2017): CLL small, round,
 clumped chromatin, pale growth centres; FL nodules that mix small cleaved cells with large pale ones; MCL
-medium, notched, monotonous. The amount of each stain is drawn per slide and per image without the label, so
-mean colour does not tell the class. No pixel is a patient's.
+medium, notched, monotonous. The amount and the contrast of each stain are drawn without the label, so mean
+colour and its spread do not tell the class. No pixel is a patient's.
 """
 
 import math
@@ -19,27 +19,27 @@ from medaug.runtime import progress
 CLASSES = ("cll", "fl", "mcl")
 FIELD = 64.0  # micrometres across a patch, at any size in pixels
 WINDOW = 15.0  # micrometres across the window in which a nucleus is drawn
-GRID = 15  # candidate nuclei per side
+GRID = 17  # candidate nuclei per side
 HAEMATOXYLIN, EOSIN = (0.65, 0.70, 0.29), (0.14, 0.85, 0.42)
 
 TRAITS = ("radius", "spread", "large", "elongation", "notch", "irregularity", "clumping", "nodularity")
 # by class; the radius in um, the rest relative to it or a share of 1
 CELLS = {
-    "cll": (3.2, 0.05, 0.02, 0.04, 0.00, 0.02, 0.50, 0.15),
-    "fl": (3.5, 0.10, 0.20, 0.26, 0.22, 0.05, 0.25, 1.00),
-    "mcl": (3.9, 0.07, 0.00, 0.12, 0.34, 0.12, 0.20, 0.05),
+    "cll": (2.9, 0.05, 0.02, 0.04, 0.00, 0.02, 0.50, 0.15),
+    "fl": (3.4, 0.10, 0.22, 0.30, 0.24, 0.05, 0.20, 1.00),
+    "mcl": (4.0, 0.05, 0.00, 0.10, 0.40, 0.12, 0.10, 0.05),
 }
 SLIDE = {
     "haematoxylin": (0.38, 0.62), "eosin": (0.09, 0.24), "hue_h": (-0.10, 0.10), "hue_e": (-0.12, 0.12),
     "white": (0.90, 1.0), "blue": (-0.04, 0.04),
 }  # fmt: skip
 IMAGE = {
-    "amount": (0.88, 1.12), "pitch": (0.95, 1.05), "turn": (0.0, math.pi),
+    "amount": (0.88, 1.12), "contrast": (0.36, 0.54), "pitch": (0.95, 1.05), "turn": (0.0, math.pi),
     "gaps": (0.3, 1.0), "node_x": (-0.7, 0.7), "node_y": (-0.7, 0.7), "node_r": (0.45, 0.75),
 }  # fmt: skip
 
 
-def render(patients, images, labels, size=64, difficulty=0.5, batch_size=16, show_progress=False) -> dict:
+def render(patients, images, labels, size=64, difficulty=0.5, batch_size=None, show_progress=False) -> dict:
     """Render N patches: {"image_u8": (N, H, W, 3) uint8 RGB, "nucleus_mask": (N, H, W) bool}, numpy arrays.
 
     `patients` (the slide: stains, scanner) and `images` (cells, focus) are N non-negative int64 seeds,
@@ -54,6 +54,7 @@ def render(patients, images, labels, size=64, difficulty=0.5, batch_size=16, sho
         "image_u8": np.zeros((len(labels), size, size, 3), np.uint8),
         "nucleus_mask": np.zeros((len(labels), size, size), bool),
     }
+    batch_size = batch_size or max(1, 16 * 64**2 // size**2)  # keeps memory below 200 MB
     starts = range(0, len(labels), batch_size)
     for start in progress(starts, "rendering") if show_progress else starts:
         rows = slice(start, start + batch_size)
@@ -72,14 +73,14 @@ def render_batch(patients, images, labels, size, difficulty):
     cells = place_cells(p, draws["cells"], traits)
     haematoxylin, mask = draw_nuclei(cells, traits, size)
     haematoxylin = haematoxylin + (0.10 + 0.03 * texture[0]).clamp_min(0)
-    gap = (
-        bump(texture[1] * 4) * soft_step(texture[2] - 1.0 + 0.9 * p["gaps"], 0.5) * ~mask
-    )  # cracks of the section
+    crack = soft_step(texture[2] - 1.0 + 0.9 * p["gaps"], 0.5)
+    gap = bump(texture[1] * 4) * crack * ~mask  # where the section has torn
     eosin = (
         (1 + 0.25 * texture[0] + 0.15 * texture[2]).clamp_min(0.2) * torch.where(mask, 0.6, 1.0) * (1 - gap)
     )
-    haematoxylin = haematoxylin * (1 - 0.8 * gap)
-    return stain(scale_mean(haematoxylin) * p["amount"], scale_mean(eosin), p, draws["shot"]), mask
+    haematoxylin = p["amount"] * balance_stain(haematoxylin * (1 - 0.8 * gap), p["contrast"])
+    eosin = balance_stain(eosin, 0.7 * p["contrast"])
+    return stain(haematoxylin, eosin, p, draws["shot"]), mask
 
 
 def draw_parameters(patients, images) -> tuple[dict, dict]:
@@ -102,9 +103,7 @@ def draw_parameters(patients, images) -> tuple[dict, dict]:
 
 
 def mix_traits(labels, difficulty):
-    """Return {trait: (N, 1)}: each class's own value, drawn towards the mean of all classes by
-    `difficulty`.
-    """
+    """Return {trait: (N, 1)}: the class's own value, drawn towards the mean of all by `difficulty`."""
     table = torch.tensor([CELLS[name] for name in CLASSES])
     table = table.mean(0) + (1 - 0.9 * difficulty) * (table - table.mean(0))
     rows = table[[CLASSES.index(label) for label in labels]]
@@ -132,72 +131,64 @@ def place_cells(p, u, traits) -> dict:
     turns = 2 * math.pi * u[:, (4, 5, 7, 9, 11)]
     angles = dict(zip(("axis", "notch_at", "bend", "phase", "spots"), turns.unbind(1), strict=True))
     return angles | {
-        "x": x, "y": y, "radius": radius, "large": large.float(), "dark": 0.8 + 0.4 * u[:, 8],
+        "x": x, "y": y, "radius": radius, "is_large": large.float(), "dark": 0.8 + 0.4 * u[:, 8],
         "notch": traits["notch"] * (0.4 + 1.2 * u[:, 6]),
-        "long": traits["elongation"] * (0.4 + 1.2 * u[:, 10]),
+        "elongation": traits["elongation"] * (0.4 + 1.2 * u[:, 10]),
     }  # fmt: skip
 
 
 def draw_nuclei(cells, traits, size):
-    """Return the haematoxylin density of all nuclei (densities add where nuclei overlap) and their mask,
-    (N, size, size).
-    """
+    """Return the haematoxylin of all nuclei, which adds up where they overlap, and their mask; (N, H, W)."""
     scale = size / FIELD  # pixels per um
     width = int(math.ceil(WINDOW * scale)) | 1
-    offset = torch.arange(width) - width // 2
-    px, py = (cells[name] * scale + size / 2 for name in ("x", "y"))
-    inside = (px > -width) & (px < size + width) & (py > -width) & (py < size + width)
-    ix, iy = px.floor().clamp(-width, size + width).long(), py.floor().clamp(-width, size + width).long()
-    c = {name: value[..., None, None] for name, value in cells.items()}
+    offset, margin = torch.arange(width) - width // 2, size + 2 * width
+    px, py = (cells[name] * scale + size / 2 for name in ("x", "y"))  # (N, K)
+    inside = (px > -width / 2) & (px < size + width / 2) & (py > -width / 2) & (py < size + width / 2)
+    ix, iy = (q.clamp(-width / 2, size + width / 2).floor().long() for q in (px, py))
     dx = (offset + 0.5 - (px - ix)[..., None, None]) / scale  # (N, K, 1, width) um
     dy = (offset[:, None] + 0.5 - (py - iy)[..., None, None]) / scale
-    angle, distance = torch.atan2(dy, dx), (dx * dx + dy * dy).sqrt()
-    outline = (
-        1
-        + c["long"] * torch.cos(2 * (angle - c["axis"]))
-        - c["notch"] * bump((angle - c["notch_at"] + math.pi) % (2 * math.pi) - math.pi) ** 2
-    )
-    outline = outline + traits["irregularity"][..., None, None] * torch.cos(3 * angle + c["bend"])
-    edge = c["radius"] * outline - distance
-    shape = soft_step(edge, 0.35 + 0.4 / scale)
-    cu, su = torch.cos(c["phase"]), torch.sin(c["phase"])
-    clump = torch.cos(1.35 * (dx * cu + dy * su) + c["bend"]) * torch.cos(
-        1.6 * (dy * cu - dx * su) + 2 * c["phase"]
-    )
-    clump = clump * traits["clumping"][..., None, None]
-    rim = bump((edge - 0.5) / 0.7)
-    spots = bump((torch.cos(angle - c["spots"]) - 1) * 4) * bump(
-        (edge - 1.4) / 0.6
-    )  # nucleoli at the membrane
-    chromatin = torch.where(c["large"] > 0, 0.42 + 0.45 * rim + 0.6 * spots, 0.95 + 0.12 * rim + clump)
-    density = shape * chromatin * c["dark"] * inside[..., None, None]
-    margin = size + 2 * width
+    shape, chromatin = model_nuclei(cells, traits, dx, dy, 0.35 + 0.4 / scale)
+    shape = shape * inside[..., None, None]  # (N, K, width, width)
     rows, columns = iy[..., None, None] + offset[:, None] + width, ix[..., None, None] + offset + width
-    valid = (rows >= 0) & (rows < margin) & (columns >= 0) & (columns < margin)
-    index = (
-        torch.arange(len(px))[:, None, None, None] * margin**2
-        + rows.clamp(0, margin - 1) * margin
-        + columns.clamp(0, margin - 1)
-    )
+    index = (torch.arange(len(px))[:, None, None, None] * margin + rows) * margin + columns
     canvas = torch.zeros(2, len(px) * margin**2)
-    for layer, values in enumerate((density, shape * inside[..., None, None])):
-        canvas[layer].index_add_(0, index.flatten(), (values * valid).flatten())
+    for layer, values in zip(canvas, (shape * chromatin, shape), strict=True):
+        layer.index_add_(0, index.flatten(), values.flatten())
     density, cover = canvas.view(2, len(px), margin, margin)[:, :, width:-width, width:-width]
-    return (2.2 * density / (1.2 + density)).contiguous(), cover > 0.5  # overlaps saturate: a section is thin
+    return 2.2 * density / (1.2 + density), cover > 0.5  # a section is thin
 
 
-def scale_mean(density):
-    """Return a stain's density scaled to mean 1 in each image; summed in float64 and rounded, so no batch
-    can matter.
+def model_nuclei(cells, traits, dx, dy, blur):
+    """Return outline (0 to 1) and chromatin of the nuclei at offsets dx, dy (um) from their centres."""
+    c = {name: value[..., None, None] for name, value in (traits | cells).items()}
+    angle, distance = torch.atan2(dy, dx), (dx * dx + dy * dy).sqrt()
+    cleft = bump((angle - c["notch_at"] + math.pi) % (2 * math.pi) - math.pi) ** 2
+    outline = 1 + c["elongation"] * torch.cos(2 * (angle - c["axis"])) - c["notch"] * cleft
+    edge = c["radius"] * (outline + c["irregularity"] * torch.cos(3 * angle + c["bend"])) - distance
+    cu, su = torch.cos(c["phase"]), torch.sin(c["phase"])
+    clump = torch.cos(1.35 * (dx * cu + dy * su) + c["bend"])
+    clump = clump * torch.cos(1.6 * (dy * cu - dx * su) + 2 * c["phase"]) * c["clumping"]
+    rim = bump((edge - 0.5) / 0.7)
+    nucleoli = bump((torch.cos(angle - c["spots"]) - 1) * 4) * bump((edge - 1.4) / 0.6)
+    pale, dense = 0.42 + 0.45 * rim + 0.6 * nucleoli, 0.95 + 0.12 * rim + clump
+    return soft_step(edge, blur), torch.where(c["is_large"] > 0, pale, dense) * c["dark"]
+
+
+def balance_stain(density, contrast):
+    """Return a stain's density with mean 1 and standard deviation `contrast` in each image, clipped at 0.
+
+    So neither the mean colour nor its spread tells how densely a class packs its nuclei. Summed in float64
+    and rounded, so that no batch can matter.
     """
-    mean = np.round(density.double().flatten(1).mean(1).numpy(), 6)
-    return density / torch.from_numpy(mean).float()[:, None, None]
+    flat = density.double().flatten(1)
+    mean, spread = (
+        torch.from_numpy(np.round(q.numpy(), 6)).float()[:, None, None] for q in (flat.mean(1), flat.std(1))
+    )
+    return (1 + (density - mean) * (contrast / spread)).clamp_min(0)
 
 
 def stain(haematoxylin, eosin, p, shots):
-    """Mix two densities (N, H, W) into RGB (N, H, W, 3) uint8 with this slide's stain vectors, white point
-    and noise.
-    """
+    """Mix two densities (N, H, W) into RGB (N, H, W, 3) uint8 with the slide's stains, white and noise."""
     size = haematoxylin.shape[-1]
     h, e = (
         torch.tensor(HAEMATOXYLIN).expand(len(eosin), 1, 1, 3),
