@@ -34,7 +34,7 @@ lab: ## step through the notebooks in JupyterLab
 
 study: ## run a study: make study STUDY=guangzhou-local DATA=/folder (N=cores, PROFILE=slurm)
 	@$(MAKE) env
-	@$(BIN)/medaug run $(STUDY) --data "$(DATA)" --cores $(N) --profile $(PROFILE)
+	@$(BIN)/medaug run $(STUDY) --data "$(DATA)" --profile $(PROFILE) $(if $(filter local,$(PROFILE)),--cores $(N))
 	@$(BIN)/medaug site --where $(STUDY)
 
 plan: ## show what a run of STUDY would do and why: time, disk, GPU hours; runs nothing

@@ -92,7 +92,8 @@
     frame.appendChild(table);
     const wrapper = table.closest(".sortable");
     if (!wrapper && table.tBodies[0].rows.length < 6) return;
-    if (table.tHead.rows.length === 1) makeSortable(table);
+    const grouped = table.querySelector("tbody [colspan]:not([colspan='1'])");
+    if (table.tHead.rows.length === 1 && !grouped) makeSortable(table);
     if (!wrapper) return;
     const tools = document.createElement("div");
     tools.className = "table-tools";

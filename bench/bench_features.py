@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from medaug import classifiers, training
 
-N, STEPS, BATCH, SIZE, CLASSES = 256, 80, 32, 64, 3
+N, STEPS, BATCH, SIZE, CLASSES = 128, 40, 32, 64, 3
 
 
 def list_comparisons() -> list[Comparison]:

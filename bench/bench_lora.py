@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from medaug import diffusion
 
-STEPS, BATCH, SIZE, PROMPTS, LENGTH = 4, 16, 64, 3, 32
+STEPS, BATCH, SIZE, PROMPTS, LENGTH = 4, 8, 64, 3, 32
 
 
 def build_parts() -> dict:

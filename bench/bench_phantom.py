@@ -12,7 +12,7 @@ from medaug.phantom.cohort import draw_cohort
 def list_comparisons() -> list[Comparison]:
     """Return one comparison for each image size that the studies use."""
     return [Comparison(f"phantom-{size}px", time_render(size, n, None), time_render(size, n // 4, 1),
-                       "rendered in batches beside one by one") for size, n in ((64, 256), (128, 256), (224, 64))]
+                       "rendered in batches beside one by one") for size, n in ((64, 256), (128, 128), (224, 32))]
 
 
 def time_render(size: int, n: int, batch_size: int | None) -> Callable[[], float]:

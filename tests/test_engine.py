@@ -174,7 +174,7 @@ def test_profile_holds_only_options_that_snakemake_has(profile):
 
 @pytest.mark.parametrize("profile", ["local", "slurm"])
 def test_profile_plans_all(project, profile):
-    reasons = project.reasons("--profile", str(project.root / "profiles" / profile), "--forceall")
+    reasons = project.reasons("--profile", str(project.root / "profiles" / profile), "--forceall", "--quiet", "host")
     assert set(studies.list_notebooks("phantom")) <= set(reasons)
 
 

@@ -23,7 +23,7 @@ def plan(generator_seed=0, normal=5, viral=2):
 
 
 def read_files(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*.png"))}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
 
 
 def test_plan_has_one_seed_per_image_that_depends_on_nothing_else():

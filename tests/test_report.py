@@ -1,4 +1,6 @@
-"""The pieces of text made from the tables: worded by rule, quoting the tables, and calm when a table is missing."""
+"""The pieces of text made from the tables: worded by rule, quoting the tables, and calm when a table is
+missing.
+"""
 
 import inspect
 import json
@@ -8,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from medaug import guards, markdown, paths, report
+from medaug import guards, markdown, paths, report, results, wording
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(ROOT.glob("*.qmd"))
@@ -17,26 +19,66 @@ PAGES = sorted(ROOT.glob("*.qmd"))
 @pytest.fixture
 def project(tmp_path, monkeypatch) -> Path:
     """An empty project: the paths of the package point into a temporary folder."""
-    for name, folder in {"ROOT": ".", "RUNS": "runs", "RESULTS": "data/results", "FIGURES": "figures", "NOTEBOOKS": "notebooks",
-                         "STUDIES": "studies", "FOUNDATIONS": "data/foundations"}.items():
+    for name, folder in {
+        "ROOT": ".",
+        "RUNS": "runs",
+        "RESULTS": "data/results",
+        "FIGURES": "figures",
+        "NOTEBOOKS": "notebooks",
+        "STUDIES": "studies",
+        "FOUNDATIONS": "data/foundations",
+    }.items():
         monkeypatch.setattr(paths, name, tmp_path / folder)
     return tmp_path
 
 
-def make_verdict(against_real: str = "helps", against_duplicates: str = "undecided", delta: float = 0.0123) -> pd.DataFrame:
-    shared = {"arm": "real+synthetic", "model": "small-cnn", "metric": "macro_f1", "p": 0.01, "p_holm": 0.02, "n_seeds": 5,
-              "n_patients": 480, "mde": 0.017, "primary": True}
-    rows = [{**shared, "control": control, "delta": delta, "ci_low": delta - 0.01, "ci_high": delta + 0.01, "verdict": verdict}
-            for control, verdict in (("real", against_real), ("real+duplicates", against_duplicates))]
+def make_verdict(
+    against_real: str = "helps", against_duplicates: str = "undecided", delta: float = 0.0123
+) -> pd.DataFrame:
+    shared = {
+        "arm": "real+synthetic",
+        "model": "small-cnn",
+        "metric": "macro_f1",
+        "p": 0.01,
+        "p_holm": 0.02,
+        "n_seeds": 5,
+        "n_patients": 480,
+        "mde": 0.017,
+        "primary": True,
+    }
+    rows = [
+        {
+            **shared,
+            "control": control,
+            "delta": delta,
+            "ci_low": delta - 0.01,
+            "ci_high": delta + 0.01,
+            "verdict": verdict,
+        }
+        for control, verdict in (("real", against_real), ("real+duplicates", against_duplicates))
+    ]
     other = {**rows[0], "model": "mobilenetv2-frozen", "delta": 0.5, "primary": False}
     return pd.DataFrame([other, *rows])
 
 
 def make_classification() -> pd.DataFrame:
-    rows = [{"arm": arm, "model": "small-cnn", "seed": seed, "fraction": 1.0, "ratio": 0.0, "split": split, "macro_f1": score,
-             "accuracy": 0.9, "auroc": 0.95, "ece": 0.05}
-            for arm, base in (("real", 0.7), ("real+synthetic", 0.8)) for seed in range(2)
-            for split, score in (("val", 0.1), ("test", base + 0.02 * seed))]
+    rows = [
+        {
+            "arm": arm,
+            "model": "small-cnn",
+            "seed": seed,
+            "fraction": 1.0,
+            "ratio": 0.0,
+            "split": split,
+            "macro_f1": score,
+            "accuracy": 0.9,
+            "auroc": 0.95,
+            "ece": 0.05,
+        }
+        for arm, base in (("real", 0.7), ("real+synthetic", 0.8))
+        for seed in range(2)
+        for split, score in (("val", 0.1), ("test", base + 0.02 * seed))
+    ]
     return pd.DataFrame(rows)
 
 
@@ -55,44 +97,60 @@ def test_every_fragment_is_written_even_from_nothing(project):
 
 def test_the_answer_quotes_the_primary_model_only(project):
     save(project / "runs/phantom/tables", verdict=make_verdict())
-    text = report.compose_answer(report.Tables(studies=("phantom",)))
+    text = report.compose_answer(results.Tables(studies=("phantom",)))
     assert "**+1.2 points** of macro F1" in text and "(95\u00a0% interval +0.2 to +2.2)" in text
-    assert "480 test patients" in text and "1.7 points" in text
+    assert "480 test patients" in text and "are 1.7 and 1.7 points" in text
     assert "50" not in re.sub(r"\d\d\d", "", text)  # the other model's 0.5
 
 
-@pytest.mark.parametrize("against_real, against_duplicates, words", [
-    ("helps", "helps", "more than copies of real images do"),
-    ("helps", "undecided", "not measurably more than copies"),
-    ("helps", "no difference within ±0.02", "not measurably more than copies"),
-    ("undecided", "helps", "better than copies of real images"),
-    ("undecided", "undecided", "could not be decided"),
-    ("no difference within ±0.02", "undecided", "no difference that matters"),
-    ("hurts", "undecided", "the generated images hurt"),
-    ("undecided", "hurts", "the generated images hurt"),
-    ("helps", "hurts", "it depends on the control"),
-])
+@pytest.mark.parametrize(
+    "against_real, against_duplicates, words",
+    [
+        ("helps", "helps", "more than copies of real images do"),
+        ("helps", "undecided", "not measurably more than copies"),
+        ("helps", "no difference within ±0.02", "not measurably more than copies"),
+        ("undecided", "helps", "did better than copies"),
+        ("undecided", "undecided", "could not be decided"),
+        ("no difference within ±0.02", "undecided", "no difference that matters"),
+        ("hurts", "undecided", "the generated images hurt"),
+        ("undecided", "hurts", "the generated images hurt"),
+        ("helps", "hurts", "it depends on the control"),
+    ],
+)
 def test_the_headline_follows_the_verdicts(against_real, against_duplicates, words):
     rows = make_verdict(against_real, against_duplicates)
-    primary = report.primary_rows(rows)
-    against = {control: report.pick_row(primary, "real+synthetic", control) for control in ("real", "real+duplicates")}
-    assert words in report.headline(against)
+    primary = results.primary_rows(rows)
+    against = {
+        control: results.pick_row(primary, "real+synthetic", control)
+        for control in ("real", "real+duplicates")
+    }
+    assert words in wording.headline(against)
 
 
-@pytest.mark.parametrize("verdict, delta, words", [
-    ("helps", 0.02, "they helped"), ("hurts", -0.02, "they hurt"), ("no difference within ±0.02", 0.003, "at most 1.3 points either way"),
-    ("undecided", 0.004, "a gain, if there is one, is at most +1.4 points"), ("undecided", -0.03, "a gain is not in sight"),
-])
+@pytest.mark.parametrize(
+    "verdict, delta, words",
+    [
+        ("helps", 0.02, "they helped"),
+        ("hurts", -0.02, "they hurt"),
+        ("no difference within ±0.02", 0.003, "at most 1.3 points either way"),
+        ("undecided", 0.004, "a gain, if there is one, is at most +1.4 points"),
+        ("undecided", -0.03, "a gain is not in sight"),
+    ],
+)
 def test_one_comparison_is_worded_by_its_verdict(verdict, delta, words):
     row = make_verdict(verdict, delta=delta).iloc[1]
-    assert words in report.describe(row, "real alone")
+    assert words in wording.describe(row, "real alone")
 
 
 def test_the_other_models_and_splits_stay_out_of_the_headline_table(project):
     save(project / "runs/phantom/tables", verdict=make_verdict(), classification=make_classification())
-    table = report.table_of_arms("phantom", report.Tables(), primary=True)
+    table = results.table_of_arms("phantom", results.Tables(), primary=True)
     lines = [line for line in table.splitlines() if "real+synthetic" in line]
-    assert len(lines) == 1 and "| 0.810 | 0.014 | 2 |" in lines[0] and "+1.2\u00a0(+0.2\u00a0to\u00a0+2.2)" in lines[0]
+    assert (
+        len(lines) == 1
+        and "| 0.810 | 0.014 | 2 |" in lines[0]
+        and "+1.2\u00a0(+0.2\u00a0to\u00a0+2.2)" in lines[0]
+    )
 
 
 def test_a_runs_table_goes_before_a_published_one(project):
@@ -108,15 +166,18 @@ def test_studies_stand_in_order_and_a_table_of_one_does_not_need_the_others(proj
     save(project / "data/results/zebra", verdict=make_verdict())
     save(project / "data/results/guangzhou-local", verdict=make_verdict())
     save(project / "runs/phantom/tables", classification=make_classification())
-    assert report.find_studies() == ["phantom", "guangzhou-local", "zebra"]
-    text = report.compose_results(report.Tables(studies=("phantom", "guangzhou-local", "zebra")))
+    assert results.find_studies() == ["phantom", "guangzhou-local", "zebra"]
+    text = report.compose_results(results.Tables(studies=("phantom", "guangzhou-local", "zebra")))
     assert [line for line in text.splitlines() if line.startswith("## ")] == [
-        "## phantom {#phantom}", "## guangzhou-local {#guangzhou-local}", "## zebra {#zebra}"]
+        "## phantom {#phantom}",
+        "## guangzhou-local {#guangzhou-local}",
+        "## zebra {#zebra}",
+    ]
 
 
 def test_columns_with_one_value_become_a_sentence():
     rows = [{"a": "1", "b": "x"}, {"a": "2", "b": "x"}]
-    text = report.make_study_table({"a": "r", "b": "l"}, rows, "t", fold=("b",))
+    text = wording.make_study_table({"a": "r", "b": "l"}, rows, "t", fold=("b",))
     assert text.startswith("The same in all rows: b x.") and "| a |" in text
 
 
@@ -124,31 +185,69 @@ def test_figures_keep_the_alt_text_that_their_notebook_wrote(project):
     folder = project / "runs/phantom/figures"
     folder.mkdir(parents=True)
     (folder / "verdict-forest.png").write_bytes(b"png")
-    (folder / "verdict-forest.json").write_text(json.dumps({"alt": 'Five arms, "oracle" on top.'}), encoding="utf-8")
-    text = report.compose_front_figures(report.Tables())
-    assert 'fig-alt="Five arms, \'oracle\' on top."' in text and "make report" in text
+    (folder / "verdict-forest.json").write_text(
+        json.dumps({"alt": 'Five arms, "oracle" on top.'}), encoding="utf-8"
+    )
+    text = report.compose_front_figures(results.Tables())
+    assert "fig-alt=\"Five arms, 'oracle' on top.\"" in text and "make report" in text
 
 
 def test_claims_are_shown_as_written_with_links_to_their_evidence(project):
     (project / "notebooks").mkdir()
     (project / "notebooks/07-verdict.ipynb").write_text('{"cells": []}', encoding="utf-8")
     claim = "LoRA r=4 *a*=16 [d] on `x_y` <b> | cites @key for $5"
-    save(project / "data/results", claims=pd.DataFrame([{
-        "id": "0.09", "verdict": "refuted", "evidence": "07-verdict#caught", "value": "16 modules", "published_value": "128",
-        "report": "0", "claim": claim}]))
-    text = report.compose_claims_table(report.Tables())
+    save(
+        project / "data/results",
+        claims=pd.DataFrame(
+            [
+                {
+                    "id": "0.09",
+                    "verdict": "refuted",
+                    "evidence": "07-verdict#caught",
+                    "value": "16 modules",
+                    "published_value": "128",
+                    "report": "0",
+                    "claim": claim,
+                }
+            ]
+        ),
+    )
+    text = report.compose_claims_table(results.Tables())
     assert "[07-verdict, caught](/runs/phantom/notebooks/07-verdict.ipynb#caught)" in text
     page = markdown.Converter("claims.qmd", {}, set())
     shown = re.sub(r"<[^>]+>", "", page.convert(text).replace("<b>", "&lt;b&gt;"))
     assert claim.replace("<b>", "&lt;b&gt;") in shown or claim in shown
     assert 'class="badge-verdict refuted"' in page.convert(text)
-    assert "| **all** | **1** |" in report.compose_claims_summary(report.Tables())
+    assert "| **all** | **1** |" in report.compose_claims_summary(results.Tables())
+
+
+@pytest.mark.parametrize(
+    "evidence, link",
+    [
+        ("07-verdict#caught", "[07-verdict, caught](/runs/phantom/notebooks/07-verdict.ipynb#caught)"),
+        (
+            "lymphoma-local/07-verdict",
+            "[lymphoma-local/07-verdict](/runs/lymphoma-local/notebooks/07-verdict.ipynb)",
+        ),
+        (
+            "see 07-verdict of study guangzhou: a_b",
+            "see [07-verdict of study guangzhou](/runs/guangzhou/notebooks/07-verdict.ipynb): a\\_b",
+        ),
+        ("17-verdict-2 is no notebook", "17-verdict-2 is no notebook"),
+    ],
+)
+def test_evidence_becomes_links(project, evidence, link):
+    (project / "notebooks").mkdir()
+    (project / "notebooks/07-verdict.ipynb").write_text('{"cells": []}', encoding="utf-8")
+    assert report.link_evidence(evidence) == link
 
 
 def test_every_guard_is_listed_and_stops_claims_that_exist():
-    checks = {name for name, function in inspect.getmembers(guards, inspect.isfunction) if name.startswith("check_")}
+    checks = {
+        name for name, function in inspect.getmembers(guards, inspect.isfunction) if name.startswith("check_")
+    }
     assert set(report.STOPS) <= checks
-    text = report.compose_caught(report.Tables())
+    text = report.compose_caught(results.Tables())
     assert all(f"`{name}`" in text for name in checks)
     known = set(pd.read_csv(ROOT / "data" / "claims.csv", dtype=str)["id"])
     assert {claim for claims in report.STOPS.values() for claim in claims} <= known
@@ -159,6 +258,8 @@ def test_pages_use_known_fragments_and_every_fragment_is_used():
     assert used == set(report.FRAGMENTS)
 
 
-@pytest.mark.parametrize("value, text", [(0.0123, "+1.2"), (-0.0004, "0.0"), (-0.02, "−2.0"), (float("nan"), "–")])
+@pytest.mark.parametrize(
+    "value, text", [(0.0123, "+1.2"), (-0.0004, "0.0"), (-0.02, "−2.0"), (float("nan"), "–")]
+)
 def test_points(value, text):
-    assert report.format_points(value) == text
+    assert wording.format_points(value) == text

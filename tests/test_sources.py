@@ -14,7 +14,7 @@ from medaug import guards, sources
 def save_noise(path, seed: int, size: int = 24) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image_u8 = np.random.default_rng(seed).integers(0, 256, (size, size), dtype=np.uint8)
-    Image.fromarray(image_u8).save(path, format="PNG" if path.suffix == ".png" else "JPEG")
+    Image.fromarray(image_u8).save(path)
 
 
 def make_class_folders(folder, per_class: int = 10, classes=("sick", "well")):
@@ -27,16 +27,15 @@ def make_class_folders(folder, per_class: int = 10, classes=("sick", "well")):
 def make_guangzhou(folder, layout: str):
     """A few files in each of the two public layouts; returns the folder of the source."""
     root = folder / "guangzhou" / "chest_xray"
-    for part, first, last in (("train", 1, 13), ("test", 10, 14)):
-        for person in range(first, last):
-            for index, finding in enumerate(("bacteria", "virus")):
-                old = f"person{person}_{finding}_{person}.jpeg"
-                new = f"{finding.upper()}-{7000 + person + 100 * (part == 'test')}-0001.jpeg"
-                save_noise(root / part / "PNEUMONIA" / (old if layout == "old" else new), 10000 * (part == "test") + 10 * person + index)
-            series = "NORMAL2-IM" if part == "test" else "IM"
-            old = f"{series}-{person:04d}-0001.jpeg"
-            new = f"NORMAL-{8000 + person + 100 * (part == 'test')}-0001.jpeg"
-            save_noise(root / part / "NORMAL" / (old if layout == "old" else new), 10000 * (part == "test") + 10 * person + 9)
+    # bare numbers stand in both train and test, number + finding does not: as in the real set
+    persons = {("train", "bacteria"): range(5, 17), ("train", "virus"): range(1, 13), ("train", "normal"): range(1, 13),
+               ("test", "bacteria"): range(1, 5), ("test", "virus"): range(13, 17), ("test", "normal"): range(101, 105)}
+    for number, ((part, finding), range_) in enumerate(persons.items()):
+        for person in range_:
+            old = f"IM-{person:04d}-0001.jpeg" if finding == "normal" else f"person{person}_{finding}_{person}.jpeg"
+            new = f"{finding.upper()}-{7000 + 100 * number + person}-0001.jpeg"
+            where = root / part / ("NORMAL" if finding == "normal" else "PNEUMONIA")
+            save_noise(where / (old if layout == "old" else new), 1000 * number + person)
     if layout == "old":
         save_noise(root / "val" / "NORMAL" / "NORMAL2-IM-1427-0001.jpeg", 77)
     return folder / "guangzhou"
@@ -132,7 +131,7 @@ def test_lungs_give_a_patient_and_a_mask_each(tmp_path):
 def test_lymphoma_folds_hold_whole_slides_or_blocks(tmp_path, slides):
     for number, label in enumerate(("CLL", "FL", "MCL")):
         for index in range(12):
-            name = f"sj-05-{index // 4}_{index % 4:03d}.tif.png" if slides else f"{12 * number + index:03d}.png"
+            name = f"sj-05-{index // 4}_{index % 4:03d}.tif" if slides else f"{12 * number + index:03d}.png"
             save_noise(tmp_path / "lymphoma" / label / name, 100 * number + index)
     manifest = sources.build_manifest("lymphoma", tmp_path / "run", str(tmp_path), n_folds=3, **({} if slides else {"block_size": 4}))
     check_contract(manifest, tmp_path / "run")
@@ -193,7 +192,7 @@ def test_the_frozen_split_cannot_be_changed_unnoticed(tmp_path):
 def test_a_copy_of_a_test_image_leaves_the_training_set(tmp_path):
     folder = make_guangzhou(tmp_path, "old")
     parts = folder / "chest_xray"
-    shutil.copy(parts / "test" / "NORMAL" / "NORMAL2-IM-0012-0001.jpeg", parts / "train" / "NORMAL" / "IM-0900-0001.jpeg")
+    shutil.copy(parts / "test" / "NORMAL" / "IM-0102-0001.jpeg", parts / "train" / "NORMAL" / "IM-0900-0001.jpeg")
     manifest = sources.build_manifest("guangzhou", tmp_path / "run", str(folder), val_fraction=0.25)
     check_contract(manifest, tmp_path / "run")
     assert sources.read_card(tmp_path / "run")["left_out"] == [

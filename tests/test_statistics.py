@@ -215,15 +215,29 @@ def test_pairing_by_generator_seed():
 
 
 def test_a_poor_generator_seed_widens_the_interval():
-    """One generator seed spoils all its runs: the spread between generators must enter the interval."""
+    """One of three generator seeds spoils all its runs: the spread between generators must enter the interval."""
     rng = np.random.default_rng(3)
-    good, labels, base = simulate_predictions(rng, seed_sd=0)
-    poor, _, _ = simulate_predictions(rng, seed_sd=0, skill=0.3, labels=labels, base=base)
-    real, _, _ = simulate_predictions(rng, seed_sd=0, labels=labels, base=base)
-    arm = pd.concat([good.assign(generator_seed=0), poor.assign(generator_seed=1)])
-    mixed, alone = (statistics.paired_difference(a, real, n_boot=200) for a in (arm, poor))
-    assert alone["p"] < 0.001
-    assert mixed["se"] > 3 * alone["se"] and mixed["p"] > 0.05 and mixed["df"] < 2
+    real, labels, base = simulate_predictions(rng, seed_sd=0)
+    arms = [simulate_predictions(rng, seed_sd=0, skill=skill, labels=labels, base=base)[0] for skill in (1.5, 1.5, 0.3)]
+    same, poor = arms[0], arms[2]
+    mixed = pd.concat([arm.assign(generator_seed=g) for g, arm in enumerate(arms)])
+    alike = pd.concat([same.assign(generator_seed=g) for g in range(3)])
+    found = {name: statistics.paired_difference(arm, real, n_boot=200)
+             for name, arm in dict(mixed=mixed, alike=alike, poor=poor).items()}
+    assert found["poor"]["p"] < 0.001
+    assert found["mixed"]["se"] > 3 * found["poor"]["se"] and found["mixed"]["p"] > 0.05 and found["mixed"]["df"] < 4
+    assert found["alike"]["se"] == pytest.approx(statistics.paired_difference(same, real, n_boot=200)["se"])
+
+
+def test_null_worlds_with_shared_generator_seeds():
+    """Three generator seeds dealt to five classifier seeds in turn, each with an effect of its own: still no more
+    false alarms than promised."""
+    rng, alarms = np.random.default_rng(4), 0
+    runs = pd.DataFrame({"seed": range(5), "generator_seed": [0, 1, 2, 0, 1]})
+    for _ in range(200):
+        arm, control = simulate_totals(rng, seed_sd=0.5, run_sd=0.3, generator_sd=0.5, generators=runs["generator_seed"])
+        alarms += statistics.compare_totals(runs, arm, control, np.eye(5), n_boot=200)["p"] <= 0.05
+    assert alarms <= distributions.binom(200, 0.05).ppf(0.975)
 
 
 def test_unpairable_arms_are_refused(pair):
@@ -236,14 +250,18 @@ def test_unpairable_arms_are_refused(pair):
         statistics.paired_difference(arm.assign(patient_id="x"), control.assign(patient_id="x"))
 
 
-def simulate_totals(rng, n_patients=40, images_each=2, seeds=5, skills=(1.5, 1.5), seed_sd=0.1, run_sd=0.7):
-    """The counts of two arms (each (seeds, n_patients, 10)) on the same images; as `simulate_predictions`, but fast."""
+def simulate_totals(rng, n_patients=40, images_each=2, seeds=5, skills=(1.5, 1.5), seed_sd=0.1, run_sd=0.7,
+                    generator_sd=0.0, generators=(0, 0, 0, 0, 0)):
+    """The counts of arm and control (each (seeds, n_patients, 10)) on the same images: as `simulate_predictions`,
+    but fast. Classifier seeds that share a generator seed share its effect in the arm; the control has as much of it,
+    drawn anew for each seed, so that equal skills are a null world."""
     n, patient = n_patients * images_each, np.repeat(np.arange(n_patients), images_each)
     labels = rng.integers(0, 3, n_patients)[patient]
     base = rng.normal(0, 1, (n, 3)) + rng.normal(0, 0.7, (n_patients, 3))[patient]
-    arms = []
+    arms, generated = [], rng.normal(0, generator_sd, (max(generators) + 1, 3))[np.asarray(generators)][:, None]
     for skill in skills:
-        noise = rng.normal(0, seed_sd, (seeds, 1, 3)) + rng.normal(0, run_sd, (seeds, n, 3))
+        shared = rng.normal(0, generator_sd, (seeds, 1, 3)) if arms else generated
+        noise = shared + rng.normal(0, seed_sd, (seeds, 1, 3)) + rng.normal(0, run_sd, (seeds, n, 3))
         preds = (base + noise + skill * np.eye(3)[labels]).argmax(axis=2)  # (seeds, n)
         totals = np.zeros((seeds, n_patients, 10))
         np.add.at(totals, (np.arange(seeds)[:, None], patient, labels * 3 + preds), 1)

@@ -2,7 +2,7 @@
 -- an error at an empty folder, and shows dead links for absent files). Run by Quarto's own pandoc; no Python needed.
 
 local RUNS, SCRATCH, OUTPUT = "runs", ".quarto/medaug", ".quarto/medaug/sidebar.yml"
-local FIRST = "phantom" -- the embedded study stands first and open; the others follow, folded
+local STORY = { "foundations", "phantom" } -- the embedded study, after the models that it starts from; others follow
 
 local function list(folder)
   local ok, names = pcall(pandoc.system.list_directory, folder)
@@ -35,9 +35,14 @@ local function add_section(title, pages, texts)
   end
 end
 
-add_section("Step by step", notebooks(FIRST))
+local story, told = {}, {}
+for _, study in ipairs(STORY) do
+  told[study] = true
+  for _, page in ipairs(notebooks(study)) do story[#story + 1] = page end
+end
+add_section("Step by step", story)
 for _, study in ipairs(list(RUNS)) do
-  if study ~= FIRST then add_section("Study " .. study, notebooks(study)) end
+  if not told[study] then add_section("Study " .. study, notebooks(study)) end
 end
 add_section("What came out", { "results.qmd", "claims.qmd" }, { "Results", "Claims" })
 add_section("Use it", { "guide.qmd", "cards.qmd" }, { "Run it yourself", "Data and models" })

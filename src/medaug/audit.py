@@ -298,10 +298,19 @@ def predict_domain(features: np.ndarray, is_test: np.ndarray, patients: Sequence
     return predict_held_out(model, features, is_test, patients, seed, n_folds)[:, 1]
 
 
-def bootstrap_auc(y_true: np.ndarray, y_score: np.ndarray, patients: Sequence, seed: int = 0, draws: int = 300) -> np.ndarray:
-    """Return bootstrap draws over patients of the area under the ROC curve, (draws,)."""
+def bootstrap_auc(y_true: np.ndarray, y_score: np.ndarray, patients: Sequence, seed: int = 0, draws: int = 1000) -> np.ndarray:
+    """Return bootstrap draws over patients of the area under the ROC curve, (draws,); `y_true` (N,) is 0/1.
+
+    The area is the share of pairs (positive, negative) in which the positive scores higher; ties count half.
+    """
     number, times = draw_patients(patients, seed, draws)
-    return np.array([roc_auc_score(y_true, y_score, sample_weight=weight[number]) for weight in times])
+    order = np.argsort(y_score, kind="stable")
+    starts = np.flatnonzero(np.diff(np.asarray(y_score)[order], prepend=-np.inf))  # first image of each distinct score
+    weight, positive = times[:, number[order]], np.asarray(y_true, int)[order]  # (draws, N)
+    positives = np.add.reduceat(weight * positive, starts, axis=1)
+    negatives = np.add.reduceat(weight * (1 - positive), starts, axis=1)
+    below = negatives.cumsum(axis=1) - negatives / 2
+    return (positives * below).sum(axis=1) / (positives.sum(axis=1) * negatives.sum(axis=1))
 
 
 def _pretend_test(patients: np.ndarray, share: float, seed: int) -> np.ndarray:

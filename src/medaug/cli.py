@@ -25,8 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = build_parser().parse_args(arguments)
     try:
         return given.command(given) or 0
-    except KeyboardInterrupt:
-        print("medaug: stopped; the same command goes on from here", file=sys.stderr)
+    except KeyboardInterrupt:  # of a whole run, the Snakefile's `onerror` says it
         return 130
     except (studies.StudyError, engine.NotebookError, RuntimeError, OSError) as error:
         print(f"medaug: {error}", file=sys.stderr)
@@ -55,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         word = add(name, command, text)
         word.add_argument("--data", default="", help="folder of the images (default: the variable MEDAUG_DATA)")
         if name == "run":
-            word.add_argument("--cores", default="2", help="CPU cores to use (default 2; 'all' for all of them)")
+            word.add_argument("--cores", default="", help="CPU cores to use, or 'all' (on this machine: 2 by default)")
             word.add_argument("--profile", default="local", help="local, slurm, kubernetes, or a profile's folder")
             word.add_argument("snakemake", nargs="*", help="more arguments for Snakemake, after --")
     word = add("execute", execute, "Run one notebook of a study now, whatever Snakemake thinks of it.")
@@ -98,8 +97,10 @@ def run(given: argparse.Namespace) -> int:
     if not (folder / "config.yaml").is_file():
         known = ", ".join(sorted(path.name for path in (paths.ROOT / "profiles").iterdir()))
         raise FileNotFoundError(f"no profile '{given.profile}': give one of {known}, or a folder with a config.yaml")
-    return engine.run_snakemake(given.study, given.data, ["--profile", str(folder), "--cores", given.cores],
-                                given.snakemake, quiet=given.profile == "local")
+    here = given.profile == "local"  # a cluster's profile says how much to ask for
+    cores = given.cores or ("2" if here else "")
+    options = ["--profile", str(folder), *(["--cores", cores] if cores else [])]
+    return engine.run_snakemake(given.study, given.data, options, given.snakemake, quiet=here)
 
 
 def execute(given: argparse.Namespace) -> None:

@@ -4,6 +4,8 @@ given.
 They exist so that a reader and a test can watch each guard catch the very fault that it is for.
 """
 
+import copy
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -118,6 +120,7 @@ def follow_test_path(fault: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]
     if fault not in PATH_FAULTS:
         raise ValueError(f"no fault '{fault}': choose from {', '.join(PATH_FAULTS)}")
     network, inputs, y_index = _train_network(seed)
+    network = copy.deepcopy(network)
     torch.manual_seed(seed + 1)
     if fault == "weights never loaded":
         network = _build_network()
@@ -137,6 +140,7 @@ def _build_network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(12, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 3))
 
 
+@functools.cache
 def _train_network(seed: int) -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
     torch.manual_seed(seed)
     centres, network = torch.randn(3, 12), _build_network()

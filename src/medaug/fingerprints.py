@@ -28,9 +28,9 @@ def inspect_files(files: list[Path], cache: Path | str | None = None) -> pd.Data
     `problem` is the reason why a file cannot be used (then the measures are missing), else "". With `cache` (a folder)
     the measures are kept there, keyed by the file's SHA-256, and only new contents are decoded.
     """
-    rows = pd.DataFrame(map_files(_hash_file, files, "hashing"), columns=["sha256", "problem"])
+    rows = pd.DataFrame(map_files(_hash_file, files, "hashing"), columns=["sha256", "problem"], dtype=str)
     kept_at = Path(cache) / f"files-v{VERSION}.parquet" if cache else None
-    kept = pd.read_parquet(kept_at) if kept_at and kept_at.exists() else pd.DataFrame({"sha256": []})
+    kept = pd.read_parquet(kept_at) if kept_at and kept_at.exists() else pd.DataFrame({"sha256": []}, dtype=str)
     new = rows.assign(file=files)[rows["problem"] == ""].drop_duplicates("sha256")
     new = new[~new["sha256"].isin(kept["sha256"])]
     if len(new):
@@ -126,7 +126,7 @@ def _measure(file: Path) -> dict:
         return {"problem": ""} | measure_file(file)
     except (OSError, ValueError) as error:
         reason = "not an image that Pillow can read" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        return {"problem": reason}
+        return {"problem": reason, "thumbnail": b""}
 
 
 def _measure_border(image_u8: np.ndarray) -> dict[str, float]:

@@ -5,6 +5,7 @@ with one line that says what is wrong, what it would have done to the numbers, a
 every study.
 """
 
+import json
 import math
 import re
 from collections import Counter
@@ -480,25 +481,22 @@ def read_prose(path: Path | str) -> str:
     path = Path(path)
     if path.suffix != ".ipynb":
         return path.read_text(encoding="utf-8")
-    import nbformat
-
-    cells = nbformat.read(path, as_version=4).cells
-    return "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
 
 
-def check_execution_counts(notebook) -> int:
-    """Check that the code cells of an executed notebook (a path or a nbformat node) ran once each, in order
-    1..n.
+def check_execution_counts(notebook: Mapping | Path | str) -> int:
+    """Check that the code cells of an executed notebook (a path, or its JSON as a dict) ran once each, in
+    order 1..n.
 
     Returns n. Empty code cells have no count.
     """
     if isinstance(notebook, (str, Path)):
-        import nbformat
-
-        notebook = nbformat.read(notebook, as_version=4)
-    counts = [
-        cell.execution_count for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()
+        notebook = json.loads(Path(notebook).read_text(encoding="utf-8"))
+    code = [
+        cell for cell in notebook["cells"] if cell["cell_type"] == "code" and "".join(cell["source"]).strip()
     ]
+    counts = [cell["execution_count"] for cell in code]
     if counts != list(range(1, len(counts) + 1)):
         twice = [count for count, times in Counter(counts).items() if times > 1]
         what = f"count {twice[0]} appears {counts.count(twice[0])} times" if twice else f"found {counts}"

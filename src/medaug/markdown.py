@@ -1,8 +1,10 @@
-"""The part of Quarto's Markdown that these pages use, as HTML: for the site that is built where there is no Quarto.
+"""The part of Quarto's Markdown that these pages use, as HTML: for the site that is built where there is no
+Quarto.
 
-Known here: headings with `{#id}`, pipe tables with `: caption {#tbl-id}`, images with `{#fig-id fig-alt="..."}`, code blocks,
-`$math$` (what matplotlib's mathtext knows), fenced divs, callouts (`title`, `collapse`), `[text]{.class}`, `[@key]` and `@key`
-from references.bib, `@fig-id`, `@tbl-id`, `@sec-id`, and the shortcode `{{< fragment NAME >}}` of `_extensions/medaug`.
+Known here: headings with `{#id}`, pipe tables with `: caption {#tbl-id}`, images with `{#fig-id fig-
+alt="..."}`, code blocks, `$math$` (what matplotlib's mathtext knows), fenced divs, callouts (`title`,
+`collapse`), `[text]{.class}`, `[@key]` and `@key` from references.bib, `@fig-id`, `@tbl-id`, `@sec-id`, and
+the shortcode `{{< fragment NAME >}}` of `_extensions/medaug`.
 """
 
 import html
@@ -21,7 +23,7 @@ from medaug import paths
 
 FRAGMENT = re.compile(r"\{\{<\s*fragment\s+([\w-]+)\s*>\}\}")
 NOTHING_YET = "*Nothing here yet: `make report` computes it (about ten minutes on two cores).*"
-KINDS = {"fig": "Figure", "tbl": "Table", "sec": "Section", "eq": "Equation"}
+KINDS = {"fig": "Figure", "tbl": "Table", "sec": "Section"}
 
 
 def real_path(site_path: str) -> Path:
@@ -31,7 +33,9 @@ def real_path(site_path: str) -> Path:
 
 
 def read_fragment(name: str) -> str:
-    """Return the Markdown of a fragment: of the runs, else the published one, else a note that says how to make it."""
+    """Return the Markdown of a fragment: of the runs, else the published one, else a note that says how to
+    make it.
+    """
     for folder in (paths.RUNS / "report", paths.RESULTS / "report"):
         if (folder / f"{name}.md").exists():
             return (folder / f"{name}.md").read_text(encoding="utf-8")
@@ -44,7 +48,9 @@ def insert_fragments(text: str) -> str:
 
 
 def locate(site_path: str) -> str | None:
-    """Return `site_path`, or for a missing table or figure of a run the published copy, or None if neither is there."""
+    """Return `site_path`, or for a missing table or figure of a run the published copy, or None if neither is
+    there.
+    """
     if real_path(site_path).exists():
         return site_path
     match = re.match(r"runs/([^/]+)/(tables|figures)/(.+)$", site_path)
@@ -59,7 +65,9 @@ def locate(site_path: str) -> str | None:
 def parse_attributes(text: str | None) -> dict[str, str]:
     """Return Quarto's `{#id .class key="value"}` as a dict with the keys `id`, `class` and the others."""
     found, classes = {}, []
-    for identity, name, key, quoted, bare in re.findall(r'#([\w-]+)|\.([\w-]+)|([\w-]+)=(?:"([^"]*)"|([^\s"]+))', text or ""):
+    for identity, name, key, quoted, bare in re.findall(
+        r'#([\w-]+)|\.([\w-]+)|([\w-]+)=(?:"([^"]*)"|([^\s"]+))', text or ""
+    ):
         if identity:
             found["id"] = identity
         elif name:
@@ -72,7 +80,9 @@ def parse_attributes(text: str | None) -> dict[str, str]:
 def read_bibliography(path: Path) -> dict[str, dict[str, str]]:
     """Return the entries of a BibTeX file with one field per line: key -> fields, braces removed."""
     entries = {}
-    for key, body in re.findall(r"@\w+\{([\w-]+),\n(.*?)\n\}", path.read_text(encoding="utf-8"), flags=re.DOTALL):
+    for key, body in re.findall(
+        r"@\w+\{([\w-]+),\n(.*?)\n\}", path.read_text(encoding="utf-8"), flags=re.DOTALL
+    ):
         fields = re.findall(r"^\s*(\w+) = \{(.*)\},?$", body, flags=re.MULTILINE)
         entries[key] = {name: re.sub(r"[{}\\]", "", value).replace("--", "–") for name, value in fields}
     return entries
@@ -89,19 +99,29 @@ def format_reference(entry: dict[str, str]) -> str:
     """Return one entry of the list of references as HTML."""
     authors = entry["author"].replace(" and others", " et al.").replace(" and ", "; ")
     venue = entry.get("journal") or entry.get("booktitle") or entry.get("publisher") or ""
-    where = ", ".join(part for part in (f"<em>{html.escape(venue)}</em>" if venue else "", entry.get("volume", ""),
-                                        entry.get("pages", "")) if part)
+    where = ", ".join(
+        part
+        for part in (
+            f"<em>{html.escape(venue)}</em>" if venue else "",
+            entry.get("volume", ""),
+            entry.get("pages", ""),
+        )
+        if part
+    )
     url, label = "", ""
     if "doi" in entry:
         url, label = f"https://doi.org/{entry['doi']}", f"doi:{entry['doi']}"
     elif "eprint" in entry:
         url, label = f"https://arxiv.org/abs/{entry['eprint']}", f"arXiv:{entry['eprint']}"
     link = f' <a href="{url}">{html.escape(label)}</a>' if url else ""
-    return f"{html.escape(authors)} ({entry['year']}). {html.escape(entry['title'])}. {where}{'.' if where else ''}{link}"
+    head = f"{html.escape(authors)} ({entry['year']}). {html.escape(entry['title'])}."
+    return f"{head} {where}{'.' if where else ''}{link}"
 
 
 def render_math(tex: str, display: bool = False) -> str:
-    """Return a formula as inline SVG in the colour of the text (so it needs no network); as code if it cannot be set."""
+    """Return a formula as inline SVG in the colour of the text (so it needs no network); as code if it cannot
+    be set.
+    """
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import TextPath
 
@@ -111,14 +131,19 @@ def render_math(tex: str, display: bool = False) -> str:
     except ValueError:
         return f"<code>{html.escape(tex)}</code>"
     pen = {1: "M", 2: "L", 3: "Q", 4: "C", 79: "Z"}  # matplotlib.path.Path's codes
-    steps = (pen[code] + ("" if code == 79 else " ".join(f"{v:.2f}" for v in (points.reshape(-1, 2) * (1, -1)).ravel()))
-             for points, code in path.iter_segments(simplify=False, curves=True))
+    steps = (
+        pen[code]
+        + ("" if code == 79 else " ".join(f"{v:.2f}" for v in (points.reshape(-1, 2) * (1, -1)).ravel()))
+        for points, code in path.iter_segments(simplify=False, curves=True)
+    )
     box = path.get_extents()
     left, bottom, width, height = (float(v) for v in box.bounds)
     style = f"width:{width / size:.3f}em;height:{height / size:.3f}em;vertical-align:{bottom / size:.3f}em"
-    picture = (f'<svg class="math" role="img" aria-label="{html.escape(tex, quote=True)}" style="{style}" '
-               f'viewBox="{left:.2f} {-bottom - height:.2f} {width:.2f} {height:.2f}">'
-               f'<path fill="currentColor" d="{"".join(steps)}"/></svg>')
+    picture = (
+        f'<svg class="math" role="img" aria-label="{html.escape(tex, quote=True)}" style="{style}" '
+        f'viewBox="{left:.2f} {-bottom - height:.2f} {width:.2f} {height:.2f}">'
+        f'<path fill="currentColor" d="{"".join(steps)}"/></svg>'
+    )
     return f'<div class="math-display">{picture}</div>' if display else picture
 
 
@@ -135,44 +160,60 @@ def highlight_code(code: str, language: str = "python") -> str:
 class Converter:
     """Converts the texts of one page, and remembers its headings, citations and the files that it shows.
 
-    `source` is the page's path in the site ("runs/phantom/notebooks/01-data-audit.ipynb"), `pages` all sources of the site.
+    `source` is the page's path in the site ("runs/phantom/notebooks/01-data-audit.ipynb"), `pages` all
+    sources of the site.
     """
 
     source: str
     bibliography: dict[str, dict[str, str]]
     pages: set[str]
     numbers: dict[str, int] = field(default_factory=dict)
+    sections: dict[str, str] = field(default_factory=dict)
     headings: list[tuple[int, str, str]] = field(default_factory=list)
     cited: list[str] = field(default_factory=list)
     files: set[str] = field(default_factory=set)
 
     def __post_init__(self):
         self._markdown = mistune.create_markdown(
-            renderer=_Renderer(self), plugins=["table", "math", "strikethrough", _add_quarto_rules])
+            renderer=_Renderer(self), plugins=["table", "math", "strikethrough", _add_quarto_rules]
+        )
 
     def number_labels(self, text: str) -> None:
-        """Give the figures and tables of the page their numbers, in the order of their labels in `text`."""
-        for label in re.findall(r"(?:\{#|#\|\s*label:\s*)((?:fig|tbl|eq)-[\w-]+)", text):
+        """Give the figures and tables of the page their numbers, in the order of their labels in `text`; note
+        its sections.
+        """
+        for label in re.findall(r"(?:\{#|#\|\s*label:\s*)((?:fig|tbl)-[\w-]+)", text):
             of_kind = [known for known in self.numbers if known[:3] == label[:3]]
             self.numbers.setdefault(label, len(of_kind) + 1)
+        self.sections |= {
+            identity: title
+            for title, identity in re.findall(r"^#+ (.*?) *\{#(sec-[\w-]+)", text, flags=re.MULTILINE)
+        }
 
     def convert(self, text: str) -> str:
         """Return `text` as HTML."""
         markup = self._markdown(text)
-        markup = re.sub(r'<table>((?:(?!<table>).)*?</table>)\s*<p class="table-caption"( id="[^"]*")?>(.*?)</p>',
-                        r"<table\2><caption>\3</caption>\1", markup, flags=re.DOTALL)
+        markup = re.sub(
+            r'<table>((?:(?!<table>).)*?</table>)\s*<p class="table-caption"( id="[^"]*")?>(.*?)</p>',
+            r"<table\2><caption>\3</caption>\1",
+            markup,
+            flags=re.DOTALL,
+        )
         return re.sub(r"<p>\s*(<figure.*?</figure>)\s*</p>", r"\1", markup, flags=re.DOTALL)
 
     def resolve(self, target: str) -> str | None:
         """Return the address of `target` as seen from this page, or None if there is no such file.
 
-        Pages become .html, files are noted for copying, and what a run would have made falls back to what is published.
+        Pages become .html, files are noted for copying, and what a run would have made falls back to what is
+        published.
         """
         if re.match(r"[a-z]+:|#|$", target):
             return target
         path, _, anchor = target.partition("#")
         here = PurePosixPath(self.source).parent  # a leading "/" is the root of the project, as in Quarto
-        found = locate(path[1:] if path.startswith("/") else os.path.normpath(here / path).replace(os.sep, "/"))
+        found = locate(
+            path[1:] if path.startswith("/") else os.path.normpath(here / path).replace(os.sep, "/")
+        )
         if found is None:
             return None
         if found in self.pages:
@@ -187,7 +228,7 @@ class Converter:
         """Return "Figure 2" for a label; a section is called by its heading."""
         if label in self.numbers:
             return f"{KINDS[label[:3]]} {self.numbers[label]}"
-        return next((text for _, identity, text in self.headings if identity == label), KINDS[label.split("-")[0]])
+        return self.sections.get(label, KINDS[label[:3]])
 
     def caption(self, label: str, text: str) -> str:
         """Return a caption with its number in front."""
@@ -204,9 +245,11 @@ class _Renderer(mistune.HTMLRenderer):
 
     def heading(self, text, level, **attrs):
         given = re.search(r"\s*\{([^{}]*)\}\s*$", text)
-        text = text[:given.start()] if given else text
+        text = text[: given.start()] if given else text
         plain = html.unescape(re.sub(r"<[^>]+>", "", text)).strip()
-        identity = parse_attributes(given[1] if given else "").get("id") or re.sub(r"[^\w]+", "-", plain.lower()).strip("-")
+        identity = parse_attributes(given[1] if given else "").get("id") or re.sub(
+            r"[^\w]+", "-", plain.lower()
+        ).strip("-")
         self.page.headings.append((level, identity, plain))
         return f'<h{level} id="{identity}">{text}</h{level}>\n'
 
@@ -279,12 +322,18 @@ class _Renderer(mistune.HTMLRenderer):
 
 
 def _html_attributes(attributes: dict[str, str]) -> str:
-    wanted = ((name, value) for name, value in attributes.items() if value and name in ("id", "class", "style", "title"))
+    wanted = (
+        (name, value)
+        for name, value in attributes.items()
+        if value and name in ("id", "class", "style", "title")
+    )
     return "".join(f' {name}="{html.escape(value, quote=True)}"' for name, value in wanted)
 
 
-_IMAGE = (r"!\[(?P<image_text>(?:\\.|[^\[\]\\]|\[[^\]]*\])*)\]\((?P<image_src>[^)\s]+)\)"
-          r"(?:\{(?P<image_attributes>[^}]*)\})?")
+_IMAGE = (
+    r"!\[(?P<image_text>(?:\\.|[^\[\]\\]|\[[^\]]*\])*)\]\((?P<image_src>[^)\s]+)\)"
+    r"(?:\{(?P<image_attributes>[^}]*)\})?"
+)
 _SPAN = r"\[(?P<span_text>[^\[\]]*)\]\{(?P<span_attributes>[^}]*)\}"
 _GROUP = r"\[(?P<cite_group>[^\[\]]*@[\w-]+[^\[\]]*)\](?![({])"
 _NARRATIVE = r"(?<![\w.@/])@(?P<cite_key>[A-Za-z][\w-]*\w)"
@@ -311,14 +360,24 @@ def _children(inline, text: str, state) -> list:
 
 
 def _parse_image(inline, match, state):
-    state.append_token({"type": "quarto_image", "children": _children(inline, match["image_text"], state),
-                        "attrs": {"src": match["image_src"], "attributes": parse_attributes(match["image_attributes"])}})
+    state.append_token(
+        {
+            "type": "quarto_image",
+            "children": _children(inline, match["image_text"], state),
+            "attrs": {"src": match["image_src"], "attributes": parse_attributes(match["image_attributes"])},
+        }
+    )
     return match.end()
 
 
 def _parse_span(inline, match, state):
-    state.append_token({"type": "quarto_span", "children": _children(inline, match["span_text"], state),
-                        "attrs": {"attributes": parse_attributes(match["span_attributes"])}})
+    state.append_token(
+        {
+            "type": "quarto_span",
+            "children": _children(inline, match["span_text"], state),
+            "attrs": {"attributes": parse_attributes(match["span_attributes"])},
+        }
+    )
     return match.end()
 
 
@@ -329,14 +388,23 @@ def _parse_group(inline, match, state):
         return None
     reference = found[0][2].split("-")[0] in KINDS
     parts = [(prefix, key, suffix, False) for prefix, key, suffix in (item.groups() for item in found)]
-    joined = [(("; " if i else "" if reference else "(") + p, key, s + (")" if i == len(parts) - 1 and not reference else ""), n)
-              for i, (p, key, s, n) in enumerate(parts)]
+    joined = [
+        (
+            ("; " if i else "" if reference else "(") + p,
+            key,
+            s + (")" if i == len(parts) - 1 and not reference else ""),
+            n,
+        )
+        for i, (p, key, s, n) in enumerate(parts)
+    ]
     state.append_token({"type": "quarto_citation", "raw": "", "attrs": {"parts": joined}})
     return match.end()
 
 
 def _parse_narrative(inline, match, state):
-    state.append_token({"type": "quarto_citation", "raw": "", "attrs": {"parts": [("", match["cite_key"], "", True)]}})
+    state.append_token(
+        {"type": "quarto_citation", "raw": "", "attrs": {"parts": [("", match["cite_key"], "", True)]}}
+    )
     return match.end()
 
 
@@ -352,6 +420,11 @@ def _parse_div_close(block, match, state):
 
 
 def _parse_caption(block, match, state):
-    state.append_token({"type": "quarto_caption", "text": match["caption_text"],
-                        "attrs": {"attributes": parse_attributes(match["caption_attributes"])}})
+    state.append_token(
+        {
+            "type": "quarto_caption",
+            "text": match["caption_text"],
+            "attrs": {"attributes": parse_attributes(match["caption_attributes"])},
+        }
+    )
     return match.end() + 1

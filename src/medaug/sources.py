@@ -226,29 +226,22 @@ def _list_images(folder: Path, ignored: Counter) -> list[Path]:
 
 def _make_records(files: list[Path], base: Path, **columns) -> pd.DataFrame:
     """One record a file: `image_id` is its path below `base` (without suffix where that stays unique)."""
-    files = [Path(file) for file in files]
-    names = [file.relative_to(base).as_posix() for file in files]
+    names = [_escape(file.relative_to(base).as_posix()) for file in files]
     stems = [name.rpartition(".")[0] for name in names]
     often = Counter(stems)
+    problems = ["" if _escape(str(file)) == str(file) else "the name is not UTF-8: rename the file" for file in files]
     records = pd.DataFrame({
         "image_id": [stem if often[stem] == 1 else name for stem, name in zip(stems, names, strict=True)],
-        "path": [str(file) for file in files], "label": "", "patient_id": "", "split": "", "mask_path": "", "problem": "",
-    }).astype(object)  # fmt: skip
-    records = records.assign(**columns)
-    broken = ~records["path"].map(_is_utf8)
-    records.loc[broken, "problem"] = "the name is not UTF-8: rename the file"
-    records["image_id"] = records["image_id"].map(lambda name: name.encode("utf-8", "backslashreplace").decode())
-    if "group" not in records:
-        records["group"] = records["patient_id"]
-    return records
+        "path": [_escape(str(file)) for file in files], "label": "", "patient_id": "", "split": "", "mask_path": "",
+        "problem": "",
+    }).astype(object).assign(**columns)  # fmt: skip
+    records["problem"] = np.where(np.array(problems, object) != "", problems, records["problem"])
+    return records if "group" in records else records.assign(group=records["patient_id"])
 
 
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+def _escape(name: str) -> str:
+    """Return `name` with bytes that are no UTF-8 written as escapes, so that it can be stored and shown."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _locate(name: str, data: str) -> Path:

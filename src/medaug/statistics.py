@@ -10,6 +10,7 @@ and seed three times (Owen, "The pigeonhole bootstrap", 2007), yet is too narrow
 matter; the tests measure both.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -169,10 +170,16 @@ def resample_patients(totals: np.ndarray, metric: str, n_boot: int = 2000, seed:
     samples.
     """
     n_runs, n_patients, width = totals.shape
-    rng = np.random.default_rng(seed)
-    weights = rng.multinomial(n_patients, np.full(n_patients, 1 / n_patients), size=n_boot).astype(np.float64)
+    weights = _draw_patients(n_patients, n_boot, seed)
     flat = totals.transpose(1, 0, 2).reshape(n_patients, n_runs * width)
     return score_totals((weights @ flat).reshape(n_boot, n_runs, width), metric)
+
+
+@functools.lru_cache(maxsize=4)
+def _draw_patients(n_patients: int, n_boot: int, seed: int) -> np.ndarray:
+    """Return how often each patient is drawn, (n_boot, n_patients); the same for all arms of a study."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(n_patients, np.full(n_patients, 1 / n_patients), size=n_boot).astype(np.float64)
 
 
 # -- estimates with intervals -------------------------------------------------------------------------------
@@ -266,7 +273,6 @@ def _estimate(
     runs: pd.DataFrame, values: np.ndarray, replicates: np.ndarray, totals: np.ndarray
 ) -> dict[str, float]:
     n_patients, seeds = totals.shape[1], runs["seed"].to_numpy()
-    generators = runs["generator_seed"].to_numpy()
     if len(set(seeds)) < 2 or n_patients < 2:
         raise ValueError(
             f"{len(set(seeds))} common seed(s) and {n_patients} patient(s): an interval needs two of each"
@@ -274,11 +280,7 @@ def _estimate(
     by_seed = _averaging(seeds)
     bessel = n_patients / (n_patients - 1)
     patients_variance = bessel * (replicates @ by_seed.T).mean(axis=1).var(ddof=1)
-    parts = [_excess_variance(by_seed, values, replicates, bessel)]
-    if len(set(generators)) > 1 and len(runs) > len(
-        set(generators)
-    ):  # a generator seed shared by classifier seeds
-        parts.append(_excess_variance(_averaging(generators), values, replicates, bessel))
+    parts = [_classifier_part(by_seed, values, replicates, bessel), _generator_part(runs, values)]
     seeds_variance = sum(excess for excess, _, _ in parts)
     variance = patients_variance + seeds_variance
     doubt = patients_variance**2 / (n_patients - 1) + sum(
@@ -298,7 +300,7 @@ def _estimate(
         "se_seeds": math.sqrt(seeds_variance),
         "df": float(df),
         "n_seeds": len(set(seeds)),
-        "n_generator_seeds": len(set(generators) - {-1}),
+        "n_generator_seeds": len(set(runs["generator_seed"]) - {-1}),
         "n_patients": n_patients,
         "n_images": int(totals[0, :, :-1].sum()),
     }
@@ -310,15 +312,33 @@ def _averaging(groups: np.ndarray) -> np.ndarray:
     return members / members.sum(axis=1, keepdims=True)
 
 
-def _excess_variance(
-    groups: np.ndarray, values: np.ndarray, replicates: np.ndarray, bessel: float
-) -> tuple[float, float, int]:
-    """Return what the groups (seeds) add to the variance of the mean beyond the patients' noise in each of
-    them, the raw variance that this was estimated from, and its degrees of freedom."""
-    n_groups = len(groups)
-    spread = (groups @ values).var(ddof=1) / n_groups
-    noise = bessel * (replicates @ groups.T).var(axis=0, ddof=1).mean() / n_groups
-    return max(spread - noise, 0.0), spread, n_groups - 1
+def _classifier_part(by_seed: np.ndarray, values: np.ndarray, replicates: np.ndarray, bessel: float) -> tuple:
+    """Return what classifier seeds add to the variance of the mean beyond the patients' noise in each, the
+    raw variance that this was estimated from, and its degrees of freedom."""
+    n_seeds = len(by_seed)
+    spread = (by_seed @ values).var(ddof=1) / n_seeds
+    noise = bessel * (replicates @ by_seed.T).var(axis=0, ddof=1).mean() / n_seeds
+    return max(spread - noise, 0.0), spread, n_seeds - 1
+
+
+def _generator_part(runs: pd.DataFrame, values: np.ndarray) -> tuple:
+    """Return the same for generator seeds that several classifier seeds share, from three seeds up.
+
+    One generator seed per classifier seed is already in the classifiers' part. Two cannot tell their spread
+    from luck (one degree of freedom), so nothing is added: say so where `n_generator_seeds` is 1 or 2.
+    """
+    table = runs.assign(value=values).pivot(index="generator_seed", columns="seed", values="value").to_numpy()
+    n_generators, n_seeds = table.shape
+    if n_generators < 3 or n_generators == len(runs):
+        return 0.0, 0.0, 1
+    means = np.nanmean(table, axis=1)
+    spread = means.var(ddof=1) / n_generators
+    residuals, df = table - means[:, None], len(runs) - n_generators
+    if not np.isnan(table).any():  # every classifier seed met every generator seed: its own effect cancels
+        residuals, df = residuals - table.mean(axis=0) + table.mean(), (n_generators - 1) * (n_seeds - 1)
+    per_mean = np.mean(1 / (~np.isnan(table)).sum(axis=1))
+    noise = np.nansum(residuals**2) / df * per_mean / n_generators
+    return max(spread - noise, 0.0), spread, n_generators - 1
 
 
 # -- what may be said ---------------------------------------------------------------------------------------

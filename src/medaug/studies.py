@@ -67,9 +67,11 @@ def read_cells(notebook: str) -> list[dict]:
 def read_parameters(notebook: str) -> dict:
     """Return the defaults of a notebook, from the cell tagged `parameters`: {name: literal}.
 
-    Raises StudyError when there is no such cell or it holds anything but `name = literal` lines.
+    Raises StudyError when there is no such notebook or cell, or it holds anything but `name = literal` lines.
     """
     path = paths.NOTEBOOKS / f"{notebook}.ipynb"
+    if not path.exists():
+        raise StudyError(f"no notebook '{notebook}'{_suggest(notebook, list_notebooks())}")
     return dict(_parse_parameters(notebook, path, path.stat().st_mtime_ns))
 
 

@@ -99,7 +99,7 @@ def measure_heart(g, p, big):
 
 
 def attenuate_tube(q, size):
-    """Return the attenuation of a bone, shell around spongy core; `q` = (distance / radius)^2, `size` in cm."""
+    """Return the attenuation of a bone, shell and spongy core; `q` = (distance / radius)^2, `size` in cm."""
     outer, inner = (1 - q).clamp_min_(0), (1 - 1.55 * q).clamp_min_(0)
     outer = (2 - outer).mul_(
         outer

@@ -90,7 +90,7 @@ def attenuate_chest(g, p, draws, labels, difficulty):
         bronchi = anatomy.grow_tree(*take(dense, g, p), draws["bronchi"][dense], levels=(0, 1))
         delta[dense] -= solid * (vessels[dense] + 0.35 * air[dense] * bronchi)
     delta = findings.balance_opacity(delta, air, mask)
-    finding = (pattern > 0.18) & mask
+    finding = (pattern > 0.3) & mask
 
     mottle = (0.025 * p["mottle"]) * (coarse[0] + 0.8 * fine[0])
     tissue = (body - air - anatomy.measure_airways(g, p) - anatomy.measure_gas(g, p)).clamp_min_(0)
