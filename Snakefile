@@ -6,8 +6,8 @@
 #
 # A rule runs again when one of these has changed: the notebook's source, a helper that it imports (directly or
 # through another helper), a value of its parameters for this study, the weights it starts from, what it reads of an
-# earlier notebook or of another study's tables. Products that are not declared here (checkpoints, caches, images) are never deleted by Snakemake,
-# so a notebook that was stopped goes on from them.
+# earlier notebook or of another study's tables. Products that are not declared here (checkpoints, caches, images) are
+# never deleted by Snakemake, so a notebook that was stopped goes on from them.
 
 import os
 import sys
@@ -118,7 +118,8 @@ for name in STORY:
             notebook=sources([paths.NOTEBOOKS / f"{name}.ipynb"]),
             helpers=sources(engine.find_helpers(name)),
             weights=sources(engine.find_weights(parameters)),
-            others=sources([*engine.find_evidence(STUDY, parameters), *(paths.ROOT / file for file in READS.get(name, []))]),
+            evidence=sources(engine.find_evidence(STUDY, parameters)),
+            data=sources([paths.ROOT / file for file in READS.get(name, [])]),
             upstream=upstream(name),
         output:
             notebook=executed(name),

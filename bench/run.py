@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
+os.environ["MEDAUG_HEADLESS"] = "1"  # bars go to the terminal only
 FOLDER = Path(__file__).resolve().parent
 
 

@@ -32,26 +32,29 @@ def test_every_claim_has_a_line_and_nothing_without_evidence_is_settled(alone):
     assert (settled["value"] != "").all()
 
 
-@pytest.mark.parametrize("claim, verdict, value", [
-    ("0.06", "reproduced", "865,910,724"),
-    ("0.07", "corrected", "23 layers, 340,387,840"),
-    ("0.09", "refuted", "16 modules (proj_in only), 99,840"),
-    ("0.15", "corrected", "79 x"),
-    ("0.16", "corrected", "1.25% of CLIP, 0.012%"),
-    ("0.17", "reproduced", "5,406,720 / 433,023,233 / 1.2486%"),
-    ("0.18", "refuted", "ln 2"),
-    ("0.25", "reproduced", "0.3750 / 0.5000 / 0.2727 / 0.6931"),
-    ("0.26", "corrected", "37.5% are right"),
-    ("2.02", "reproduced", "12,291"),
-    ("2.11", "corrected", "34.49, 50.67"),
-    ("2.13", "reproduced", "p = 0.24"),
-    ("3.09", "answered", "85.2-90.3 % and 83.1-88.6 %"),
-    ("4.12", "refuted", "0.9436"),
-    ("4.13", "refuted", "0.9634"),
-    ("4.15", "corrected", "3.08 x is the least"),
-    ("4.22", "refuted", "ConvNeXt is third of 6"),
-    ("4.07", "not testable here", "possible"),
-])
+@pytest.mark.parametrize(
+    "claim, verdict, value",
+    [
+        ("0.06", "reproduced", "865,910,724"),
+        ("0.07", "corrected", "23 layers, 340,387,840"),
+        ("0.09", "refuted", "16 modules (proj_in only), 99,840"),
+        ("0.15", "corrected", "79 x"),
+        ("0.16", "corrected", "1.25% of CLIP, 0.012%"),
+        ("0.17", "reproduced", "5,406,720 / 433,023,233 / 1.2486%"),
+        ("0.18", "refuted", "ln 2"),
+        ("0.25", "reproduced", "0.3750 / 0.5000 / 0.2727 / 0.6931"),
+        ("0.26", "corrected", "37.5% are right"),
+        ("2.02", "reproduced", "12,291"),
+        ("2.11", "corrected", "34.49, 50.67"),
+        ("2.13", "reproduced", "p = 0.24"),
+        ("3.09", "answered", "85.2-90.3 % and 83.1-88.6 %"),
+        ("4.12", "refuted", "0.9436"),
+        ("4.13", "refuted", "0.9634"),
+        ("4.15", "corrected", "3.08 x is the least"),
+        ("4.22", "refuted", "ConvNeXt is third of 6"),
+        ("4.07", "not testable here", "possible"),
+    ],
+)
 def test_known_answers(alone, claim, verdict, value):
     assert alone.loc[claim, "verdict"] == verdict
     assert value in alone.loc[claim, "value"]
@@ -64,20 +67,42 @@ def test_re_enacted_faults_refute(alone, claim):
 
 
 def test_the_effect_comes_from_the_verdict_table():
-    row = dict(arm="real+synthetic", control="real", metric="macro_f1", model="small-cnn", family=True, delta=0.012,
-               ci_low=-0.003, ci_high=0.027)
+    row = dict(
+        arm="real+synthetic",
+        control="real",
+        metric="macro_f1",
+        model="small-cnn",
+        family=True,
+        delta=0.012,
+        ci_low=-0.003,
+        ci_high=0.027,
+    )
     found = claims.evaluate_claims({"phantom": {"verdict.csv": pd.DataFrame([row])}}).set_index("id")
     assert "small-cnn): +1.2 points of macro F1 [-0.3, +2.7]" in found.loc["0.24", "value"]
 
 
 def make_runs(accuracy, split="test"):
-    return pd.DataFrame([dict(arm="real", model="mobilenetv2", split=split, seed=seed, fraction=1.0, n=624,
-                              accuracy=accuracy + 0.01 * (seed - 2)) for seed in range(5)])
+    return pd.DataFrame(
+        [
+            dict(
+                arm="real",
+                model="mobilenetv2",
+                split=split,
+                seed=seed,
+                fraction=1.0,
+                n=624,
+                accuracy=accuracy + 0.01 * (seed - 2),
+            )
+            for seed in range(5)
+        ]
+    )
 
 
 @pytest.mark.parametrize("accuracy, verdict", [(0.775, "reproduced"), (0.70, "corrected")])
 def test_mobilenet_is_compared_with_its_published_accuracy(accuracy, verdict):
-    found = claims.evaluate_claims({"guangzhou-local": {"classification.csv": make_runs(accuracy)}}).set_index("id")
+    found = claims.evaluate_claims(
+        {"guangzhou-local": {"classification.csv": make_runs(accuracy)}}
+    ).set_index("id")
     assert found.loc["3.10", "verdict"] == verdict
     assert found.loc["3.10", "evidence"] == "guangzhou-local/05-baselines"
     assert f"{accuracy:.1%}" in found.loc["3.10", "value"]
@@ -97,7 +122,7 @@ def test_numbers_are_read_as_published():
     assert claims.read_numbers("1e-3 / 128 / no") == [0.001, 128]
 
 
-# -- the faults -------------------------------------------------------------------------------------------------------
+# -- the faults ----------------------------------------------------------------------------------------------
 
 
 def test_the_step_without_gradient_runs_and_trains_nothing():
@@ -110,8 +135,12 @@ def test_a_real_sigma_changes_images_and_keeps_their_mean():
     images_u8 = np.random.default_rng(0).integers(60, 200, (10, 32, 32), dtype=np.uint8)
     changed = faults.perturb_dct(images_u8, sigma=5)
     assert guards.check_augmentation_changes(images_u8, changed) == 1
-    assert np.abs(changed.mean(axis=(1, 2)) - images_u8.mean(axis=(1, 2))).max() < 0.2  # the first coefficient stays
-    assert np.std(changed - images_u8.astype(float)) == pytest.approx(5, rel=0.05)  # the transform is orthonormal
+    assert (
+        np.abs(changed.mean(axis=(1, 2)) - images_u8.mean(axis=(1, 2))).max() < 0.2
+    )  # the first coefficient stays
+    assert np.std(changed - images_u8.astype(float)) == pytest.approx(
+        5, rel=0.05
+    )  # the transform is orthonormal
 
 
 def test_every_fault_of_the_test_path_is_seen():
@@ -129,3 +158,31 @@ def test_every_fault_of_the_test_path_is_seen():
 def test_impossible_shares():
     assert faults.find_impossible_shares([33.33, 66.66, 66.67, 50.0], 3) == [50.0]
     assert faults.find_impossible_shares([34.45, 34.44, 34.49], 299) == [34.49]  # 103 of 299, rounded or cut
+
+
+def test_counts_come_from_the_audit():
+    counts = [
+        dict(split=s, label=c, images=n)
+        for s, c, n in (
+            ("train", "normal", 3),
+            ("val", "normal", 1),
+            ("test", "normal", 2),
+            ("train", "bacterial", 5),
+            ("train", "viral", 4),
+        )
+    ]
+    audit = dict(
+        n_images=15,
+        classes=["normal", "bacterial", "viral"],
+        counts=counts,
+        patient_readings=[dict(patients=9, reading="by name")],
+        split_by_image=[dict(model="nearest neighbour", difference=0.015, ci_low=0.006, ci_high=0.024)],
+    )
+    found = claims.evaluate_claims({"guangzhou-local": {"audit.json": audit}}).set_index("id")
+    assert found.loc["0.01", "verdict"] == "corrected"
+    assert "15 images (12 in train, 1 in val, 2 in test)" in found.loc["0.01", "value"]
+    assert "5 / 4 / 4 is the training part" in found.loc["0.02", "value"]
+    assert "5 / 6 / 4 in all" in found.loc["0.02", "value"]
+    assert found.loc["0.04", "value"] == "15 images of 9 patients, by name"
+    assert "+1.5 points" in found.loc["3.03", "value"] and found.loc["4.02", "verdict"] == "not testable here"
+    assert found.loc["2.01", "verdict"] == "not testable here"

@@ -325,5 +325,17 @@ def test_imports_are_read_from_cells(source, found):
     assert engine.find_imports(source) == found
 
 
+@pytest.mark.parametrize("reason, short", [
+    ("Missing output files: runs/a/b.ipynb; Input files updated by another job: c", "not made yet"),
+    ("Updated input files: src/medaug/clip.py, notebooks/04.ipynb", "changed: clip.py, 04.ipynb"),
+    ("Params have changed since last execution: Union of exclusive params before and now across all output: "
+     "before: 'rank = 4' now: 'rank = 8'", "changed: 'rank = 4' -> 'rank = 8'"),
+    ("Input files updated by another job: runs/a/manifest.parquet", "what it reads is made anew"),
+    ("up to date", "up to date"),
+])  # fmt: skip
+def test_reasons_are_short_in_the_plan(reason, short):
+    assert engine.shorten_reason(reason) == short
+
+
 def test_durations_read_as_a_person_says_them():
     assert [engine.format_minutes(m) for m in (0.5, 2, 200)] == ["30 s", "2.0 min", "3.3 h"]

@@ -26,6 +26,11 @@ def test_unseen_words_fall_into_known_pieces(tokenizer):
     assert tokenizer.eos_token_id not in ids[1:-1] and len(ids) > 4
 
 
+def test_equal_texts_give_equal_tokens(tokenizer):
+    again = foundations.build_tokenizer(CAPTIONS, vocab_size=160)
+    assert again.get_vocab() == tokenizer.get_vocab()
+
+
 def test_shared_captions_count_as_right_answers(tokenizer):
     torch.manual_seed(0)
     clip = foundations.build_clip(tokenizer)

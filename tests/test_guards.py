@@ -18,7 +18,7 @@ def caught(pattern):
     return pytest.raises(GuardError, match=pattern)
 
 
-# -- training --------------------------------------------------------------------------------------------------
+# -- training ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture()
@@ -28,9 +28,13 @@ def clip():
 
     torch.manual_seed(0)
     tower = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
-    return CLIPModel(CLIPConfig(
-        text_config=dict(tower, vocab_size=16, max_position_embeddings=8, bos_token_id=0, eos_token_id=1),
-        vision_config=dict(tower, image_size=16, patch_size=8), projection_dim=8))
+    return CLIPModel(
+        CLIPConfig(
+            text_config=dict(tower, vocab_size=16, max_position_embeddings=8, bos_token_id=0, eos_token_id=1),
+            vision_config=dict(tower, image_size=16, patch_size=8),
+            projection_dim=8,
+        )
+    )
 
 
 def add_lora(model, target_modules):
@@ -43,7 +47,10 @@ def test_lora_coverage_passes_and_counts(clip):
     adapted = add_lora(clip, ["self_attn.q_proj", "mlp.fc1"])
     # 2 towers x 2 layers x (q_proj: 2*(8+8), fc1: 2*(8+16))
     expected = {"modules": 8, "params": 4 * (32 + 48)}
-    assert guards.check_lora_coverage(adapted, ["self_attn.q_proj", "mlp.fc1"], 8, expected["params"]) == expected
+    assert (
+        guards.check_lora_coverage(adapted, ["self_attn.q_proj", "mlp.fc1"], 8, expected["params"])
+        == expected
+    )
     assert guards.check_lora_coverage(adapted, r".*\.(q_proj|fc1)")["modules"] == 8
 
 
@@ -124,16 +131,20 @@ def test_round_trip():
         guards.check_round_trip(images, torch.full(images.shape, torch.nan))
 
 
-# -- data ------------------------------------------------------------------------------------------------------
+# -- data ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture()
 def manifest():
-    return pd.DataFrame({
-        "image_id": list("abcdef"), "sha256": list("uvwxyz"), "origin": "real",
-        "patient_id": ["1", "1", "2", "3", "4", "4"],
-        "split": ["train", "train", "val", "val", "test", "test"],
-    })
+    return pd.DataFrame(
+        {
+            "image_id": list("abcdef"),
+            "sha256": list("uvwxyz"),
+            "origin": "real",
+            "patient_id": ["1", "1", "2", "3", "4", "4"],
+            "split": ["train", "train", "val", "val", "test", "test"],
+        }
+    )
 
 
 def test_sound_splits_pass(manifest):
@@ -141,24 +152,30 @@ def test_sound_splits_pass(manifest):
     assert guards.check_split_integrity(manifest, synthetic) == {"images": 6, "patients": 4, "synthetic": 2}
 
 
-@pytest.mark.parametrize("column, row, value, message", [
-    ("patient_id", 4, "1", "patient.s. stand in more than one split, first 1"),
-    ("patient_id", 4, "", "patient_id is empty"),
-    ("sha256", 5, "u", "file content.s. stand in more than one split, first u"),
-    ("origin", 5, "synthetic", "1 synthetic image.s. stand in the test split"),
-])
+@pytest.mark.parametrize(
+    "column, row, value, message",
+    [
+        ("patient_id", 4, "1", "patient.s. stand in more than one split, first 1"),
+        ("patient_id", 4, "", "patient_id is empty"),
+        ("sha256", 5, "u", "file content.s. stand in more than one split, first u"),
+        ("origin", 5, "synthetic", "1 synthetic image.s. stand in the test split"),
+    ],
+)
 def test_leaking_splits_are_caught(manifest, column, row, value, message):
     manifest.loc[row, column] = value
     with caught(message):
         guards.check_split_integrity(manifest)
 
 
-@pytest.mark.parametrize("sha256, source, message", [
-    ("z", "a", "byte-equal to held-out"), ("s", "f", "made from held-out images")])
+@pytest.mark.parametrize(
+    "sha256, source, message", [("z", "a", "byte-equal to held-out"), ("s", "f", "made from held-out images")]
+)
 def test_synthetic_images_from_held_out_ones_are_caught(manifest, sha256, source, message):
     """Report 2: 31 of 75 test images had their DCT source in training."""
     with caught(message):
-        guards.check_split_integrity(manifest, pd.DataFrame({"sha256": [sha256], "source_image_id": [source]}))
+        guards.check_split_integrity(
+            manifest, pd.DataFrame({"sha256": [sha256], "source_image_id": [source]})
+        )
 
 
 def test_label_order():
@@ -199,7 +216,7 @@ def test_augmentation_changes():
         guards.check_augmentation_changes(images, images[:3])
 
 
-# -- comparison ------------------------------------------------------------------------------------------------
+# -- comparison ----------------------------------------------------------------------------------------------
 
 
 def test_equal_steps():
@@ -234,7 +251,11 @@ def test_a_weak_but_honest_predictor_passes():
     assert 0.2 < guards.check_not_degenerate(np.tile(CLASSES, 100), probs, CLASSES)["macro_recall"] < 0.5
 
 
-REPORT_4 = {"4.12": (0.9597, 0.961, 0.9268), "4.13": (0.9648, 0.9666, 0.9602), "4.07": (0.9668, 0.9699, 0.9639)}
+REPORT_4 = {
+    "4.12": (0.9597, 0.961, 0.9268),
+    "4.13": (0.9648, 0.9666, 0.9602),
+    "4.07": (0.9668, 0.9699, 0.9639),
+}
 
 
 @pytest.mark.parametrize("claim, possible", [("4.12", False), ("4.13", False), ("4.07", True)])
@@ -252,9 +273,13 @@ def test_macro_f1_bound_holds_for_any_predictions():
 
     rng = np.random.default_rng(0)
     for _ in range(50):
-        guards.check_metrics_consistent(classification_metrics(
-            rng.choice(CLASSES, 30), rng.dirichlet(rng.uniform(0.1, 3, 3), 30), CLASSES), 1e-12,
-            every_class_present=False)
+        guards.check_metrics_consistent(
+            classification_metrics(
+                rng.choice(CLASSES, 30), rng.dirichlet(rng.uniform(0.1, 3, 3), 30), CLASSES
+            ),
+            1e-12,
+            every_class_present=False,
+        )
 
 
 def test_other_inconsistent_metrics():
@@ -273,13 +298,13 @@ def test_same_path():
         guards.check_same_path(0.79, float("nan"))
 
 
-# -- text ------------------------------------------------------------------------------------------------------
+# -- text ----------------------------------------------------------------------------------------------------
 
 SOUND_PROSE = """---
 title: "7 · What may be claimed?"
 version: 1.25
 ---
-A 95 % interval, 2,000 replicates, 3 classes, about 25 s, torch `2.14`, row `4.12`; $p = 0.05$, [a link](x/0.123),
+A 95 % interval, 2,000 replicates, 3 classes, about 25 s, torch `2.14`, row `4.12` (claims 4.12, 4.13 and 0.25); $p = 0.05$, [a link](x/0.123),
 arXiv 1911.03347, [@pink2026, p. 0.12], {{< fragment answer >}} and 1.5 times.
 ```python
 x = 0.375
@@ -305,13 +330,19 @@ def test_no_notebook_types_its_results(path):
 
 def executed(counts):
     cells = [nbformat.v4.new_code_cell("1", execution_count=count) for count in counts]
-    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("x"), *cells, nbformat.v4.new_code_cell()])
+    return nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_markdown_cell("x"), *cells, nbformat.v4.new_code_cell()]
+    )
 
 
 def test_execution_counts(tmp_path):
     nbformat.write(executed([1, 2, 3]), tmp_path / "a.ipynb")
     assert guards.check_execution_counts(tmp_path / "a.ipynb") == 3
-    for counts, message in (([1, 3, 2], r"found \[1, 3, 2\]"), ([1, 1], "count 1 appears 2 times"),
-                            ([1, None], "found"), ([5, 6], "found")):
+    for counts, message in (
+        ([1, 3, 2], r"found \[1, 3, 2\]"),
+        ([1, 1], "count 1 appears 2 times"),
+        ([1, None], "found"),
+        ([5, 6], "found"),
+    ):
         with caught(message):
             guards.check_execution_counts(executed(counts))

@@ -89,7 +89,9 @@ def test_every_kind_of_file_gives_the_same_picture(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"not an image", "truncated"])
 def test_a_damaged_file_is_named_with_the_reason(tmp_path, content):
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)).save(tmp_path / "bad.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)).save(
+        tmp_path / "bad.png"
+    )
     data = (tmp_path / "bad.png").read_bytes()[:2000] if content == "truncated" else content
     (tmp_path / "bad.png").write_bytes(data)
     with pytest.raises(ValueError, match="bad.png.*(damaged|not an image)"):

@@ -175,6 +175,26 @@ def test_studies_stand_in_order_and_a_table_of_one_does_not_need_the_others(proj
     ]
 
 
+def test_generator_seeds_are_averaged_and_a_missing_measure_is_a_dash(project):
+    row = {
+        "generator": "lora",
+        "encoder": "e",
+        "label": "all",
+        "n_real": 400,
+        "n_synthetic": 300,
+        "fid": 2.0,
+        "cmmd": None,
+    }
+    row |= dict.fromkeys(["precision", "recall", "density", "coverage", "memorised_share"], 0.5)
+    frame = pd.DataFrame(
+        [{**row, "generator_seed": seed, "kid": kid} for seed, kid in ((0, 0.01), (1, 0.03))]
+    )
+    save(project / "runs/phantom/tables", synthesis=pd.concat([frame, frame.assign(generator="untuned")]))
+    table = results.table_of_synthesis("phantom", results.Tables())
+    assert table.startswith("The same in all rows: encoder `e`, real 400, synthetic 300, seeds 2.")
+    assert "| `lora` | all | 2 | 0.0200 | – | 0.50 |" in table
+
+
 def test_columns_with_one_value_become_a_sentence():
     rows = [{"a": "1", "b": "x"}, {"a": "2", "b": "x"}]
     text = wording.make_study_table({"a": "r", "b": "l"}, rows, "t", fold=("b",))

@@ -1,6 +1,5 @@
 """The website: what its configuration names exists, both renderers show the same, and no link is dead."""
 
-import ast
 import os
 import re
 import shutil
@@ -199,22 +198,6 @@ def test_every_citation_is_in_the_bibliography():
         if key not in keys
     }
     assert not missing
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
-def test_a_figure_cell_shows_its_figure_alone(path):
-    """A cell that ends with the saved path prints it, and Quarto then makes two figures of one."""
-    for cell in nbformat.read(path, 4).cells:
-        if (
-            cell.cell_type == "code"
-            and "save_figure(" in cell.source
-            and not cell.source.rstrip().endswith(";")
-        ):
-            last = ast.parse(cell.source).body[-1]
-            call = last.value if isinstance(last, ast.Expr) else None
-            assert not (isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "save_figure"), (
-                f"end the cell with a semicolon: ...{cell.source[-80:]}"
-            )
 
 
 def test_bibliography_entries_can_be_cited():

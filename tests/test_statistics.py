@@ -1,4 +1,5 @@
-"""The statistics against scikit-learn, scipy, torchmetrics, known answers, and worlds whose truth is known."""
+"""The statistics against scikit-learn, scipy, torchmetrics, known answers, and worlds whose truth is
+known."""
 
 import numpy as np
 import pandas as pd
@@ -12,9 +13,21 @@ from medaug import statistics, tables
 CLASSES = ["normal", "bacterial", "viral"]
 
 
-def simulate_predictions(rng, n_patients=80, images_each=2, seeds=5, generator_seeds=(-1,), skill=1.5,
-                         patient_sd=0.7, seed_sd=0.1, run_sd=0.7, labels=None, base=None):
-    """One arm's rows of predictions.parquet: image difficulty + patient effect + seed effect + noise of the run.
+def simulate_predictions(
+    rng,
+    n_patients=80,
+    images_each=2,
+    seeds=5,
+    generator_seeds=(-1,),
+    skill=1.5,
+    patient_sd=0.7,
+    seed_sd=0.1,
+    run_sd=0.7,
+    labels=None,
+    base=None,
+):
+    """One arm's rows of predictions.parquet: image difficulty + patient effect + seed effect + noise of the
+    run.
 
     `base` (N, 3) logits and `labels` (N,) shared by two arms make them paired on images, as in a study.
     """
@@ -28,11 +41,19 @@ def simulate_predictions(rng, n_patients=80, images_each=2, seeds=5, generator_s
         for generator_seed in generator_seeds:
             logits = base + shift + rng.normal(0, run_sd, (n, 3)) + skill * np.eye(3)[labels]
             probs = special.softmax(logits, axis=1).astype(np.float32)
-            frames.append(pd.DataFrame({
-                "seed": seed, "generator_seed": generator_seed, "image_id": [f"i{i:04d}" for i in range(n)],
-                "patient_id": [f"p{p:03d}" for p in patient], "y_true": np.array(CLASSES)[labels],
-                "y_pred": np.array(CLASSES)[probs.argmax(1)],
-                **{f"p_{c}": probs[:, j] for j, c in enumerate(CLASSES)}}))
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "seed": seed,
+                        "generator_seed": generator_seed,
+                        "image_id": [f"i{i:04d}" for i in range(n)],
+                        "patient_id": [f"p{p:03d}" for p in patient],
+                        "y_true": np.array(CLASSES)[labels],
+                        "y_pred": np.array(CLASSES)[probs.argmax(1)],
+                        **{f"p_{c}": probs[:, j] for j, c in enumerate(CLASSES)},
+                    }
+                )
+            )
     return pd.concat(frames, ignore_index=True), labels, base
 
 
@@ -47,13 +68,16 @@ def probs_of(frame):
     return frame[[f"p_{label}" for label in CLASSES]].to_numpy()
 
 
-# -- the metrics of one run ------------------------------------------------------------------------------------
+# -- the metrics of one run ----------------------------------------------------------------------------------
 
 
 def test_metrics_are_scikit_learns(pair):
     frame = pair[0].query("seed == 0")
     y_true, probs = frame["y_true"].to_numpy(), probs_of(frame)
-    preds, found = np.array(CLASSES)[probs.argmax(1)], statistics.classification_metrics(y_true, probs, CLASSES)
+    preds, found = (
+        np.array(CLASSES)[probs.argmax(1)],
+        statistics.classification_metrics(y_true, probs, CLASSES),
+    )
     onehot = (y_true[:, None] == np.array(CLASSES)).astype(float)
     assert list(found) == tables.METRICS
     assert found["n"] == len(frame)
@@ -92,29 +116,38 @@ def test_ece_by_its_definition(pair):
 
 def test_report_0s_numbers_follow_from_the_label_counts():
     found = statistics.classification_metrics(
-        ["normal"] * 234 + ["pneumonia"] * 390, np.full((624, 2), 0.5), ["normal", "pneumonia"])
+        ["normal"] * 234 + ["pneumonia"] * 390, np.full((624, 2), 0.5), ["normal", "pneumonia"]
+    )
     assert (found["accuracy"], found["macro_recall"]) == (0.375, 0.5)
     assert found["macro_f1"] == pytest.approx(0.2727, abs=5e-5)
     assert found["auroc"] == 0.5
 
 
 def test_a_class_without_images():
-    found = statistics.classification_metrics(["normal", "viral"], [[0.8, 0.1, 0.1], [0.1, 0.1, 0.8]], CLASSES)
+    found = statistics.classification_metrics(
+        ["normal", "viral"], [[0.8, 0.1, 0.1], [0.1, 0.1, 0.8]], CLASSES
+    )
     assert (found["balanced_accuracy"], found["auroc"]) == (1.0, 1.0)
     assert found["macro_recall"] == pytest.approx(2 / 3)
     assert np.isnan(statistics.classification_metrics(["normal"], [[0.8, 0.1, 0.1]], CLASSES)["auroc"])
 
 
-@pytest.mark.parametrize("y_true, probs, message", [
-    ([], np.zeros((0, 3)), "no images"), (["cat"], [[1, 0, 0]], "labels cat"),
-    (["viral"], [[1, 0]], "shape"), (["viral"], [[3.0, -1.0, 0.5]], "softmax"),
-    (["viral"], [[np.nan, 0.5, 0.5]], "finite")])
+@pytest.mark.parametrize(
+    "y_true, probs, message",
+    [
+        ([], np.zeros((0, 3)), "no images"),
+        (["cat"], [[1, 0, 0]], "labels cat"),
+        (["viral"], [[1, 0]], "shape"),
+        (["viral"], [[3.0, -1.0, 0.5]], "softmax"),
+        (["viral"], [[np.nan, 0.5, 0.5]], "finite"),
+    ],
+)
 def test_bad_input_gets_one_clear_line(y_true, probs, message):
     with pytest.raises(ValueError, match=message):
         statistics.classification_metrics(y_true, probs, CLASSES)
 
 
-# -- counts and replicates -------------------------------------------------------------------------------------
+# -- counts and replicates -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("metric", statistics.COUNTED_METRICS)
@@ -128,7 +161,8 @@ def test_scores_from_counts_are_those_from_predictions(pair, metric):
 
 
 def test_a_replicate_is_the_metric_of_the_resampled_images(pair):
-    """Draw the patients by hand, stack their images, ask scikit-learn: the same number as the matrix product."""
+    """Draw the patients by hand, stack their images, ask scikit-learn: the same number as the matrix
+    product."""
     frame = pair[0].query("seed == 2")
     _, totals = statistics.count_outcomes(frame)
     replicates = statistics.resample_patients(totals, "macro_f1", n_boot=3, seed=7)
@@ -149,18 +183,25 @@ def test_unequal_runs_are_refused(pair):
         statistics.paired_difference(*pair, metric="auroc")
 
 
-# -- paired differences ----------------------------------------------------------------------------------------
+# -- paired differences --------------------------------------------------------------------------------------
 
 
 def test_difference_is_the_mean_over_seeds(pair):
     arm, control = pair
     found = statistics.paired_difference(arm, control, n_boot=200)
     per_seed = [
-        sk.f1_score(a["y_true"], a["y_pred"], average="macro") - sk.f1_score(c["y_true"], c["y_pred"], average="macro")
-        for a, c in ((arm[arm["seed"] == s], control[control["seed"] == s]) for s in range(5))]
+        sk.f1_score(a["y_true"], a["y_pred"], average="macro")
+        - sk.f1_score(c["y_true"], c["y_pred"], average="macro")
+        for a, c in ((arm[arm["seed"] == s], control[control["seed"] == s]) for s in range(5))
+    ]
     assert found["delta"] == pytest.approx(np.mean(per_seed), abs=1e-12)
     assert list(statistics.pair_values(arm, control)["delta"]) == pytest.approx(per_seed, abs=1e-12)
-    assert (found["n_seeds"], found["n_generator_seeds"], found["n_patients"], found["n_images"]) == (5, 0, 80, 160)
+    assert (found["n_seeds"], found["n_generator_seeds"], found["n_patients"], found["n_images"]) == (
+        5,
+        0,
+        80,
+        160,
+    )
     assert found["ci_low"] < found["delta"] < found["ci_high"]
     assert (found["p"] < 0.05) == (found["ci_low"] > 0 or found["ci_high"] < 0)
     again = statistics.paired_difference(control, arm, n_boot=200)
@@ -175,13 +216,28 @@ def test_identical_arms_differ_by_nothing(pair):
 
 def test_without_patient_noise_it_is_the_t_test_over_seeds():
     """All patients alike: only the seeds vary, and five numbers are tested as five numbers."""
+
     def make(hits):
-        rows = [dict(seed=s, generator_seed=-1, image_id=f"{p}-{i}", patient_id=str(p), y_true="a",
-                     y_pred="a" if i < hit else "b", p_a=0.5, p_b=0.5)
-                for s, hit in enumerate(hits) for p in range(6) for i in range(10)]
+        rows = [
+            dict(
+                seed=s,
+                generator_seed=-1,
+                image_id=f"{p}-{i}",
+                patient_id=str(p),
+                y_true="a",
+                y_pred="a" if i < hit else "b",
+                p_a=0.5,
+                p_b=0.5,
+            )
+            for s, hit in enumerate(hits)
+            for p in range(6)
+            for i in range(10)
+        ]
         return pd.DataFrame(rows)
 
-    found = statistics.paired_difference(make([7, 8, 6, 9, 8]), make([6, 6, 6, 7, 5]), metric="accuracy", n_boot=50)
+    found = statistics.paired_difference(
+        make([7, 8, 6, 9, 8]), make([6, 6, 6, 7, 5]), metric="accuracy", n_boot=50
+    )
     test = distributions.ttest_1samp([0.1, 0.2, 0.0, 0.2, 0.3], 0)
     assert found["p"] == pytest.approx(test.pvalue)
     assert (found["ci_low"], found["ci_high"]) == pytest.approx(tuple(test.confidence_interval()))
@@ -197,7 +253,9 @@ def test_without_seed_noise_it_is_the_binomial_error():
     p = found["delta"]
     assert found["se"] == pytest.approx(np.sqrt(p * (1 - p) / 400), rel=0.05)
     assert found["se_seeds"] == 0 and found["df"] == pytest.approx(399)
-    doubled = pd.concat([frame, frame.assign(image_id=frame["image_id"] + "b")])  # a copy is no new information
+    doubled = pd.concat(
+        [frame, frame.assign(image_id=frame["image_id"] + "b")]
+    )  # a copy is no new information
     assert statistics.cluster_bootstrap(doubled, "accuracy")["se"] == pytest.approx(found["se"], rel=1e-6)
 
 
@@ -207,7 +265,10 @@ def test_pairing_by_generator_seed():
     real, _, _ = simulate_predictions(rng, labels=labels, base=base)
     found = statistics.paired_difference(arm, real, n_boot=100)
     assert (found["n_seeds"], found["n_generator_seeds"]) == (5, 2)
-    one = [statistics.paired_difference(arm[arm["generator_seed"] == g], real, n_boot=100)["delta"] for g in (0, 1)]
+    one = [
+        statistics.paired_difference(arm[arm["generator_seed"] == g], real, n_boot=100)["delta"]
+        for g in (0, 1)
+    ]
     assert found["delta"] == pytest.approx(np.mean(one))
     shifted = arm.assign(generator_seed=arm["generator_seed"] + 1)  # seeds (1, 2): only 1 is in both
     assert statistics.paired_difference(arm.query("generator_seed == 1"), shifted, n_boot=100)["delta"] != 0
@@ -215,27 +276,39 @@ def test_pairing_by_generator_seed():
 
 
 def test_a_poor_generator_seed_widens_the_interval():
-    """One of three generator seeds spoils all its runs: the spread between generators must enter the interval."""
+    """One of three generator seeds spoils all its runs: the spread between generators must enter the
+    interval."""
     rng = np.random.default_rng(3)
     real, labels, base = simulate_predictions(rng, seed_sd=0)
-    arms = [simulate_predictions(rng, seed_sd=0, skill=skill, labels=labels, base=base)[0] for skill in (1.5, 1.5, 0.3)]
+    arms = [
+        simulate_predictions(rng, seed_sd=0, skill=skill, labels=labels, base=base)[0]
+        for skill in (1.5, 1.5, 0.3)
+    ]
     same, poor = arms[0], arms[2]
     mixed = pd.concat([arm.assign(generator_seed=g) for g, arm in enumerate(arms)])
     alike = pd.concat([same.assign(generator_seed=g) for g in range(3)])
-    found = {name: statistics.paired_difference(arm, real, n_boot=200)
-             for name, arm in dict(mixed=mixed, alike=alike, poor=poor).items()}
+    found = {
+        name: statistics.paired_difference(arm, real, n_boot=200)
+        for name, arm in dict(mixed=mixed, alike=alike, poor=poor).items()
+    }
     assert found["poor"]["p"] < 0.001
-    assert found["mixed"]["se"] > 3 * found["poor"]["se"] and found["mixed"]["p"] > 0.05 and found["mixed"]["df"] < 4
+    assert (
+        found["mixed"]["se"] > 3 * found["poor"]["se"]
+        and found["mixed"]["p"] > 0.05
+        and found["mixed"]["df"] < 4
+    )
     assert found["alike"]["se"] == pytest.approx(statistics.paired_difference(same, real, n_boot=200)["se"])
 
 
 def test_null_worlds_with_shared_generator_seeds():
-    """Three generator seeds dealt to five classifier seeds in turn, each with an effect of its own: still no more
-    false alarms than promised."""
+    """Three generator seeds dealt to five classifier seeds in turn, each with an effect of its own: still no
+    more false alarms than promised."""
     rng, alarms = np.random.default_rng(4), 0
     runs = pd.DataFrame({"seed": range(5), "generator_seed": [0, 1, 2, 0, 1]})
     for _ in range(200):
-        arm, control = simulate_totals(rng, seed_sd=0.5, run_sd=0.3, generator_sd=0.5, generators=runs["generator_seed"])
+        arm, control = simulate_totals(
+            rng, seed_sd=0.5, run_sd=0.3, generator_sd=0.5, generators=runs["generator_seed"]
+        )
         alarms += statistics.compare_totals(runs, arm, control, np.eye(5), n_boot=200)["p"] <= 0.05
     assert alarms <= distributions.binom(200, 0.05).ppf(0.975)
 
@@ -250,15 +323,27 @@ def test_unpairable_arms_are_refused(pair):
         statistics.paired_difference(arm.assign(patient_id="x"), control.assign(patient_id="x"))
 
 
-def simulate_totals(rng, n_patients=40, images_each=2, seeds=5, skills=(1.5, 1.5), seed_sd=0.1, run_sd=0.7,
-                    generator_sd=0.0, generators=(0, 0, 0, 0, 0)):
-    """The counts of arm and control (each (seeds, n_patients, 10)) on the same images: as `simulate_predictions`,
-    but fast. Classifier seeds that share a generator seed share its effect in the arm; the control has as much of it,
-    drawn anew for each seed, so that equal skills are a null world."""
+def simulate_totals(
+    rng,
+    n_patients=40,
+    images_each=2,
+    seeds=5,
+    skills=(1.5, 1.5),
+    seed_sd=0.1,
+    run_sd=0.7,
+    generator_sd=0.0,
+    generators=(0, 0, 0, 0, 0),
+):
+    """The counts of arm and control (each (seeds, n_patients, 10)) on the same images: as
+    `simulate_predictions`, but fast. Classifier seeds that share a generator seed share its effect in the
+    arm; the control has as much of it, drawn anew for each seed, so that equal skills are a null world."""
     n, patient = n_patients * images_each, np.repeat(np.arange(n_patients), images_each)
     labels = rng.integers(0, 3, n_patients)[patient]
     base = rng.normal(0, 1, (n, 3)) + rng.normal(0, 0.7, (n_patients, 3))[patient]
-    arms, generated = [], rng.normal(0, generator_sd, (max(generators) + 1, 3))[np.asarray(generators)][:, None]
+    arms, generated = (
+        [],
+        rng.normal(0, generator_sd, (max(generators) + 1, 3))[np.asarray(generators)][:, None],
+    )
     for skill in skills:
         shared = rng.normal(0, generator_sd, (seeds, 1, 3)) if arms else generated
         noise = shared + rng.normal(0, seed_sd, (seeds, 1, 3)) + rng.normal(0, run_sd, (seeds, n, 3))
@@ -295,8 +380,8 @@ def test_null_worlds_raise_no_more_false_alarms_than_promised(world):
 
 
 def test_power_and_coverage_are_as_promised():
-    """Worlds with a true difference near the minimum detectable effect: found in about the promised share of them,
-    and inside the interval in about 95 %."""
+    """Worlds with a true difference near the minimum detectable effect: found in about the promised share of
+    them, and inside the interval in about 95 %."""
     rng = np.random.default_rng(5)
     found = [compare_simulated(simulate_totals(rng, n_patients=80, skills=(1.85, 1.5))) for _ in range(200)]
     truth, mde = np.mean([f["delta"] for f in found]), np.mean([f["mde"] for f in found])
@@ -306,7 +391,7 @@ def test_power_and_coverage_are_as_promised():
     assert 0.91 < np.mean([f["ci_low"] <= truth <= f["ci_high"] for f in found]) < 0.995
 
 
-# -- what may be said ------------------------------------------------------------------------------------------
+# -- what may be said ----------------------------------------------------------------------------------------
 
 
 def test_holm_by_hand():
@@ -315,10 +400,17 @@ def test_holm_by_hand():
     assert np.isnan(statistics.holm([np.nan])).all()
 
 
-@pytest.mark.parametrize("delta, ci, p, verdict", [
-    (0.03, (0.01, 0.05), 0.01, "helps"), (-0.03, (-0.05, -0.01), 0.01, "hurts"),
-    (0.005, (-0.01, 0.015), 0.4, "no difference within ±0.02"), (0.02, (-0.01, 0.05), 0.2, "undecided"),
-    (0.03, (0.01, 0.05), 0.06, "undecided"), (0.0, (0.0, 0.0), 1.0, "no difference within ±0.02")])
+@pytest.mark.parametrize(
+    "delta, ci, p, verdict",
+    [
+        (0.03, (0.01, 0.05), 0.01, "helps"),
+        (-0.03, (-0.05, -0.01), 0.01, "hurts"),
+        (0.005, (-0.01, 0.015), 0.4, "no difference within ±0.02"),
+        (0.02, (-0.01, 0.05), 0.2, "undecided"),
+        (0.03, (0.01, 0.05), 0.06, "undecided"),
+        (0.0, (0.0, 0.0), 1.0, "no difference within ±0.02"),
+    ],
+)
 def test_verdicts(delta, ci, p, verdict):
     assert statistics.decide_verdict(delta, ci, p, margin=0.02) == verdict
 
@@ -330,7 +422,9 @@ def test_the_plan_brings_the_detectable_effect_to_the_target(pair):
     se = np.sqrt(0.02**2 * result["n_patients"] / plan["n_patients"] + 0.01**2)
     assert 2.8 * se == pytest.approx(0.04)
     assert plan["n_images"] == pytest.approx(2 * plan["n_patients"])
-    assert statistics.plan_decision(result, effect=0.01)["n_patients"] == np.inf  # the seeds alone are too loud
+    assert (
+        statistics.plan_decision(result, effect=0.01)["n_patients"] == np.inf
+    )  # the seeds alone are too loud
     assert statistics.plan_decision(result, effect=0.07)["n_seeds"] < 5
 
 

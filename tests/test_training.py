@@ -106,7 +106,7 @@ def test_a_checkpoint_of_another_plan_is_not_used(tmp_path, monkeypatch):
     file = tmp_path / "run.safetensors"
     with monkeypatch.context() as patch:
         patch.setattr(training.Path, "unlink", lambda *_, **__: None)
-        train_small(plan=TrainingPlan(steps=4, batch_size=8, evaluations=1), checkpoint=file)
+        train_small(plan=TrainingPlan(steps=8, batch_size=8, evaluations=1), checkpoint=file)
     assert file.exists()
     assert train_small(checkpoint=file)[1].equals(train_small()[1])
 

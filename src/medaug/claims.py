@@ -502,9 +502,9 @@ def _class_names(claim, published, studies):
 def _number_of_patients(claim, published, studies):
     if not (audit := _audit(studies, "guangzhou-local")):
         return None
-    readings = " or ".join(f"{r['patients']:,} ({r['reading']})" for r in audit["patient_readings"])
+    readings = " or ".join(f"{r['patients']:,} patients, {r['reading']}" for r in audit["patient_readings"])
     return Finding(
-        "corrected", "guangzhou-local/01-data-audit", f"{audit['n_images']:,} images of {readings} patients"
+        "corrected", "guangzhou-local/01-data-audit", f"{audit['n_images']:,} images of {readings}"
     )
 
 

@@ -141,8 +141,9 @@ def build_site(given: argparse.Namespace) -> None:
         return
     from medaug import report, site
 
-    report.write_fragments()
-    index = site.build_site()
+    with engine.wait_for_site():
+        report.write_fragments()
+        index = site.build_site()
     if given.stamp:
         given.stamp.write_text(f"{index}\n", encoding="utf-8")
     else:

@@ -25,6 +25,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+from transformers.utils import logging
 
 from medaug.paths import resolve_model
 from medaug.runtime import progress, replace_when_done
@@ -53,6 +54,7 @@ def load_clip(model_id: str, device: str = "cpu",
     FileNotFoundError in one line where there is none.
     """
     folder = resolve_model(model_id)
+    logging.disable_progress_bar()  # of loading, which takes a moment and would stand in the notebook for ever
     # On a CPU the fused attention's bfloat16 backward takes longer than all the rest of a small CLIP's step.
     attention = "eager" if torch.device(device).type == "cpu" else "sdpa"
     try:
@@ -185,7 +187,7 @@ def count_tokens(processor: CLIPProcessor, captions: Sequence[str]) -> list[int]
 
 @torch.inference_mode()
 def cache_states(clip: CLIPModel, processor: CLIPProcessor, images_u8: np.ndarray, depth: int | None = None,
-                 batch_size: int = 256) -> HiddenStates:
+                 batch_size: int = 256, mixed_precision: str = "no") -> HiddenStates:
     """Run the first `depth` vision layers once and keep what they give (float32, N x tokens x width x 4 bytes).
 
     `depth` defaults to `count_frozen_layers(clip)`; must be 1 or more. Training then costs only the later layers.
@@ -196,9 +198,10 @@ def cache_states(clip: CLIPModel, processor: CLIPProcessor, images_u8: np.ndarra
     vision, parts = clip.vision_model, []
     for start in progress(range(0, len(images_u8), batch_size), desc="frozen layers", unit="batch"):
         pixel_values = preprocess_images(images_u8[start:start + batch_size], processor).to(clip.device, clip.dtype)
-        hidden = vision.pre_layrnorm(vision.embeddings(pixel_values))
-        for layer in vision.encoder.layers[:depth]:
-            hidden = layer(hidden, None)
+        with _autocast(clip, mixed_precision):
+            hidden = vision.pre_layrnorm(vision.embeddings(pixel_values))
+            for layer in vision.encoder.layers[:depth]:
+                hidden = layer(hidden, None)
         parts.append(hidden.float().cpu())
     return HiddenStates(torch.cat(parts).clone(), depth)
 

@@ -4,6 +4,7 @@ The order of the notebooks and what each makes stand in the Snakefile. Nothing h
 """
 
 import ast
+import contextlib
 import datetime
 import fcntl
 import hashlib
@@ -16,7 +17,7 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -225,13 +226,26 @@ def _snakemake_arguments(study: str, data: str, arguments: list[str]) -> list[st
             "--config", f"study={study}", *([f"data={Path(data).expanduser().resolve()}"] if data else [])]
 
 
+def shorten_reason(reason: str) -> str:
+    """Return the first cause in Snakemake's reason for a rule, in a few words (`snakemake -n` has all of them)."""
+    cause = reason.split("; ")[0]
+    kind, _, names = cause.partition(": ")
+    if kind.startswith("Params have changed"):
+        return f"changed: {names.partition('before: ')[2]}".replace(" now: ", " -> ")
+    if kind.startswith("Updated input files"):
+        return f"changed: {', '.join(Path(name).name for name in names.split(', '))}"
+    words = {"Missing output files": "not made yet", "Input files updated by another job": "what it reads is made anew"}
+    return words.get(kind, cause)
+
+
 def fingerprint_study(study: str) -> str:
     """Return a hash of all that Snakemake would look at for `study`: names, sizes and times, no contents."""
     run_dir = paths.run_dir(study)
     groups = (
         [paths.ROOT / "Snakefile", paths.STUDIES / f"{study}.yaml"], paths.NOTEBOOKS.glob("*.ipynb"),
         (paths.ROOT / "src").rglob("*.py"), paths.FOUNDATIONS.rglob("*"), find_site_sources(), run_dir.glob("*/*.ipynb"),
-        run_dir.glob("*.*"), run_dir.glob("*/*.json"), run_dir.glob("*/*.parquet"), run_dir.glob("tables/*"))
+        run_dir.glob("*.*"), run_dir.glob("*/*.json"), run_dir.glob("*/*.parquet"), run_dir.glob("tables/*"),
+        paths.RUNS.glob("*/tables/*.csv"), (paths.ROOT / "data").glob("*.csv"))
     files = sorted({path for group in groups for path in group if path.is_file() and path.name[0] != "."})
     stats = ((path, path.stat()) for path in files)
     listing = [f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats]
@@ -275,7 +289,7 @@ def show_plan(study: str, data: str = "") -> None:
     print(f"{'notebook':18} {'time':>8} {'disk':>8} {'GPU':>8}   from            now")
     for notebook, row in estimate.items():
         print(f"{notebook:18} {format_minutes(row['minutes']):>8} {row['disk_gb']:5.1f} GB {row['gpu_hours']:6.1f} h   "
-              f"{row['basis']:14}  {reasons.get(notebook, 'up to date')}")
+              f"{row['basis']:14}  {shorten_reason(reasons.get(notebook, 'up to date'))}")
     rows = [row for notebook, row in estimate.items() if notebook in reasons]
     minutes, disk, gpu = (sum(row[key] for row in rows) for key in studies.PLAN_KEYS)
     print(f"to run now: {len(rows)} notebooks, {format_minutes(minutes)} one after another, {disk:.1f} GB, {gpu:.1f} GPU hours")
@@ -295,6 +309,15 @@ def read_reasons(log: str) -> dict[str, str]:
         elif rule and line.strip().startswith("reason: "):
             found[rule] = line.strip().removeprefix("reason: ")
     return found
+
+
+@contextlib.contextmanager
+def wait_for_site() -> Iterator[None]:
+    """Hold the site for one builder at a time: two studies that end together build it one after the other."""
+    paths.RUNS.mkdir(parents=True, exist_ok=True)
+    with open(paths.RUNS / ".site-lock", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def _take_lock(folder: Path) -> None:

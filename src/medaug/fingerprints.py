@@ -1,4 +1,6 @@
-"""What a file is, apart from its label: content hashes, size, brightness, borders; and which files are the same picture."""
+"""What a file is, apart from its label: content hashes, size, brightness, borders; and which files are the
+same picture.
+"""
 
 from pathlib import Path
 
@@ -23,14 +25,17 @@ BIT_DEPTHS = {"1": 1, "I;16": 16, "I;16B": 16, "I;16L": 16, "I": 32, "F": 32}
 
 
 def inspect_files(files: list[Path], cache: Path | str | None = None) -> pd.DataFrame:
-    """Hash and measure each file, one row each in the order of `files`: `sha256`, `problem` and what `measure_file` gives.
+    """Hash and measure each file, one row each in the order of `files`: `sha256`, `problem` and what
+    `measure_file` gives.
 
-    `problem` is the reason why a file cannot be used (then the measures are missing), else "". With `cache` (a folder)
-    the measures are kept there, keyed by the file's SHA-256, and only new contents are decoded.
+    `problem` is the reason why a file cannot be used (then the measures are missing), else "". With `cache`
+    (a folder) the measures are kept there, keyed by the file's SHA-256, and only new contents are decoded.
     """
     rows = pd.DataFrame(map_files(_hash_file, files, "hashing"), columns=["sha256", "problem"], dtype=str)
     kept_at = Path(cache) / f"files-v{VERSION}.parquet" if cache else None
-    kept = pd.read_parquet(kept_at) if kept_at and kept_at.exists() else pd.DataFrame({"sha256": []}, dtype=str)
+    kept = (
+        pd.read_parquet(kept_at) if kept_at and kept_at.exists() else pd.DataFrame({"sha256": []}, dtype=str)
+    )
     new = rows.assign(file=files)[rows["problem"] == ""].drop_duplicates("sha256")
     new = new[~new["sha256"].isin(kept["sha256"])]
     if len(new):
@@ -41,16 +46,19 @@ def inspect_files(files: list[Path], cache: Path | str | None = None) -> pd.Data
                 kept.to_parquet(temporary, index=False)
     rows = rows.merge(kept, on="sha256", how="left", suffixes=("", "_decoding"))
     if "problem_decoding" in rows:
-        rows["problem"] = rows["problem"].where(rows["problem"] != "", rows.pop("problem_decoding").fillna(""))
+        rows["problem"] = rows["problem"].where(
+            rows["problem"] != "", rows.pop("problem_decoding").fillna("")
+        )
     return rows
 
 
 def measure_file(file: Path) -> dict:
-    """Decode one image file and return its measures: size (px), bit depth and channels as stored, grey levels (0-255) of
-    the whole and of the outer sixteenth (four sides, four corners), a hash of its pixels and a squashed 32 x 32 thumbnail.
+    """Decode one image file and return its measures: size (px), bit depth and channels as stored, grey levels
+    (0-255) of the whole and of the outer sixteenth (four sides, four corners), a hash of its pixels and a
+    squashed 32 x 32 thumbnail.
 
-    The pixel hash is of the upright 8-bit grey image and its size, so two files that decode alike share it. Raises
-    ValueError with the reason.
+    The pixel hash is of the upright 8-bit grey image and its size, so two files that decode alike share it.
+    Raises ValueError with the reason.
     """
     with Image.open(file) as stored:
         mode, channels = stored.mode, len(stored.getbands())
@@ -58,13 +66,20 @@ def measure_file(file: Path) -> dict:
     image_u8 = np.asarray(image)
     height, width = image_u8.shape
     measures = {
-        "width": width, "height": height, "aspect": width / height, "mode": mode, "channels": channels,
-        "bit_depth": BIT_DEPTHS.get(mode, 8), "bytes": file.stat().st_size,
+        "width": width,
+        "height": height,
+        "aspect": width / height,
+        "mode": mode,
+        "channels": channels,
+        "bit_depth": BIT_DEPTHS.get(mode, 8),
+        "bytes": file.stat().st_size,
         "pixel_sha256": hash_bytes(f"{width}x{height}:".encode() + image_u8.tobytes()),
-        "mean": float(image_u8.mean()), "std": float(image_u8.std()),
-        "black_share": float((image_u8 < 8).mean()), "white_share": float((image_u8 > 247).mean()),
+        "mean": float(image_u8.mean()),
+        "std": float(image_u8.std()),
+        "black_share": float((image_u8 < 8).mean()),
+        "white_share": float((image_u8 > 247).mean()),
         "thumbnail": image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS).tobytes(),
-    }  # fmt: skip
+    }
     return measures | _measure_border(image_u8)
 
 
@@ -75,41 +90,60 @@ def stack_thumbnails(inspected: pd.DataFrame) -> np.ndarray:
 
 
 def compute_phash(thumbnails_u8: np.ndarray) -> np.ndarray:
-    """Return the 64-bit perceptual hash of each thumbnail, (N, 32, 32) -> uint64 (N,), as `imagehash.phash` defines it.
+    """Return the 64-bit perceptual hash of each thumbnail, (N, 32, 32) -> uint64 (N,), as `imagehash.phash`
+    defines it.
 
-    Bits: is each of the 8 x 8 lowest DCT coefficients above their median (Zauner 2010, section 3.2.1)? One call for all
-    images; `imagehash` takes them one by one.
+    Bits: is each of the 8 x 8 lowest DCT coefficients above their median (Zauner 2010, section 3.2.1)? One
+    call for all images; `imagehash` takes them one by one.
     """
     spectrum = dctn(thumbnails_u8.astype(np.float64), axes=(1, 2))[:, :8, :8].reshape(-1, 64)
     bits = spectrum > np.median(spectrum, axis=1, keepdims=True)
     return np.packbits(bits, axis=1).view(">u8").astype(np.uint64)[:, 0]
 
 
-def find_near_pairs(phash: np.ndarray, thumbnails_u8: np.ndarray, max_distance: int = 4, min_correlation: float = 0.98,
-                    against: tuple[np.ndarray, np.ndarray] | None = None, block: int = 512) -> pd.DataFrame:
-    """Return the pairs of images that look the same: columns `first, second, distance, correlation`, rows of the input.
+def find_near_pairs(
+    phash: np.ndarray,
+    thumbnails_u8: np.ndarray,
+    max_distance: int = 4,
+    min_correlation: float = 0.98,
+    against: tuple[np.ndarray, np.ndarray] | None = None,
+    block: int = 512,
+) -> pd.DataFrame:
+    """Return the pairs of images that look the same: columns `first, second, distance, correlation`, rows of
+    the input.
 
-    A pair is found by the Hamming distance of the hashes (all pairs, by popcount, in blocks: memory O(block x N)) and
-    confirmed by the correlation of the two thumbnails. With `against=(phash, thumbnails_u8)`, `second` counts in that set.
+    A pair is found by the Hamming distance of the hashes (all pairs, by popcount, in blocks: memory O(block x
+    N)) and confirmed by the correlation of the two thumbnails. With `against=(phash, thumbnails_u8)`,
+    `second` counts in that set.
     """
     other_hash, other_thumbnails = against or (phash, thumbnails_u8)
     unit = _standardise(thumbnails_u8)
     other_unit = _standardise(other_thumbnails) if against else unit
     found = []
     for start in range(0, len(phash), block):
-        distance = np.bitwise_count(phash[start:start + block, None] ^ other_hash[None])
+        distance = np.bitwise_count(phash[start : start + block, None] ^ other_hash[None])
         first, second = np.nonzero(distance <= max_distance)
         if not against:
             first, second = first[first + start < second], second[first + start < second]
         correlation = np.einsum("np,np->n", unit[first + start], other_unit[second])
-        found.append(pd.DataFrame({"first": first + start, "second": second, "distance": distance[first, second],
-                                   "correlation": correlation.astype(float).round(4)}))  # fmt: skip
+        found.append(
+            pd.DataFrame(
+                {
+                    "first": first + start,
+                    "second": second,
+                    "distance": distance[first, second],
+                    "correlation": correlation.astype(float).round(4),
+                }
+            )
+        )
     pairs = pd.concat(found, ignore_index=True)
     return pairs[pairs["correlation"] >= min_correlation].reset_index(drop=True)
 
 
 def group_pairs(count: int, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return for each of `count` items the number of its group, where paired items share a group (transitively)."""
+    """Return for each of `count` items the number of its group, where paired items share a group
+    (transitively).
+    """
     graph = coo_array((np.ones(len(first)), (np.asarray(first), np.asarray(second))), shape=(count, count))
     return connected_components(graph, directed=False)[1]
 
@@ -125,7 +159,11 @@ def _measure(file: Path) -> dict:
     try:
         return {"problem": ""} | measure_file(file)
     except (OSError, ValueError) as error:
-        reason = "not an image that Pillow can read" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        reason = (
+            "not an image that Pillow can read"
+            if isinstance(error, Image.UnidentifiedImageError)
+            else str(error)
+        )
         return {"problem": reason, "thumbnail": b""}
 
 
@@ -137,7 +175,9 @@ def _measure_border(image_u8: np.ndarray) -> dict[str, float]:
     measures = {f"border_{side}_mean": float(strip.mean()) for side, strip in strips.items()}
     measures |= {f"border_{side}_std": float(strip.std()) for side, strip in strips.items()}
     corners = (top[:, :w], top[:, -w:], bottom[:, -w:], bottom[:, :w])
-    return measures | {f"corner_{name}_mean": float(c.mean()) for name, c in zip(CORNERS, corners, strict=True)}
+    return measures | {
+        f"corner_{name}_mean": float(c.mean()) for name, c in zip(CORNERS, corners, strict=True)
+    }
 
 
 def _standardise(thumbnails_u8: np.ndarray) -> np.ndarray:

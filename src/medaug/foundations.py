@@ -50,7 +50,11 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 600) -> CLIPTokenize
     bpe.train_from_iterator([*texts, *(" ".join(alphabet) for _ in range(3))], trainer)
     trained = json.loads(bpe.to_str())["model"]
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in trained["merges"]]
-    return CLIPTokenizer(vocab=trained["vocab"], merges=merges, model_max_length=MAX_TOKENS)
+    # The trainer numbers single letters in the order of a hash table; numbered anew, equal texts give equal tokens.
+    special, joined = ["<|startoftext|>", "<|endoftext|>"], ["".join(merge) for merge in merges]
+    letters = sorted(set(trained["vocab"]) - {*special, *joined})
+    vocab = {token: number for number, token in enumerate(dict.fromkeys([*special, *letters, *joined]))}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
 
 
 def build_clip(tokenizer: CLIPTokenizer, image_size: int = 64, patch_size: int = 8) -> CLIPModel:

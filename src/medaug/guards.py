@@ -451,6 +451,7 @@ def check_same_path(score_val: float, score_val_through_test_path: float, tolera
 
 _NOT_PROSE = re.compile(
     r"\A---\n.*?\n---\n|```.*?```|<!--.*?-->|\{\{<.*?>\}\}|\$\$.*?\$\$|\$[^$\n]+\$|`[^`\n]+`|\]\([^)]*\)|<[^>\n]+>"
+    r"|\bclaims? \d\.\d\d(?:(?:, | and )\d\.\d\d)*"
     r"|\[-?@[^\]]*\]|https?://\S+|arXiv[: ]?\d{4}\.\d{4,5}|\b10\.\d{4,}/\S+",
     flags=re.DOTALL | re.IGNORECASE,
 )

@@ -1,4 +1,4 @@
-"""Decode once, resize once, keep: image files become one memory-mapped array keyed by content and transform."""
+"""Decode once, resize once, keep: files become a memory-mapped array keyed by content and transform."""
 
 import hashlib
 import io
@@ -19,15 +19,16 @@ BIT_DEPTHS = (8, 10, 12, 14, 16)
 IMAGE_MODES = {"L": (), "RGB": (3,)}
 
 
-def load_images(frame: pd.DataFrame, base: Path | str, size: int, mode: str = "L",
-                cache: Path | str | None = None) -> np.ndarray:
+def load_images(
+    frame: pd.DataFrame, base: Path | str, size: int, mode: str = "L", cache: Path | str | None = None
+) -> np.ndarray:
     """Return the images of `frame` in its order: uint8 (N, size, size), or (N, size, size, 3) for mode "RGB".
 
-    `frame` needs the column `path`, relative to `base` or absolute; with a column `sha256` the files are also checked
-    against it. The shorter side is resized to `size` (Lanczos, antialiased) and the centre is cut out: padding would
-    turn the aspect ratio into a visible border, squashing would turn it into a deformation, and both can tell classes
-    apart. Decoded images are kept under `cache` (default `base/cache`) and come back memory-mapped, copy-on-write.
-    Raises ValueError or FileNotFoundError that names the file.
+    `frame` needs the column `path`, relative to `base` or absolute; with a column `sha256` the files are also
+    checked against it. The shorter side is resized to `size` (Lanczos, antialiased) and the centre is cut
+    out: padding would turn the aspect ratio into a visible border, squashing would turn it into a
+    deformation, and both can tell classes apart. Decoded images are kept under `cache` (default `base/cache`)
+    and come back memory-mapped, copy-on-write. Raises ValueError or FileNotFoundError that names the file.
     """
     if mode not in IMAGE_MODES:
         raise ValueError(f"mode '{mode}' is unknown: choose L (grey) or RGB")
@@ -35,24 +36,30 @@ def load_images(frame: pd.DataFrame, base: Path | str, size: int, mode: str = "L
     return _load_cached(frame["path"], hashes, Path(base), size, mode, cache)
 
 
-def load_masks(frame: pd.DataFrame, base: Path | str, size: int, cache: Path | str | None = None) -> np.ndarray:
+def load_masks(
+    frame: pd.DataFrame, base: Path | str, size: int, cache: Path | str | None = None
+) -> np.ndarray:
     """Return the masks of `frame` (column `mask_path`), bool (N, size, size), cut like their images.
 
-    A pixel of the smaller mask is on where at least half of its area was. Raises ValueError naming the first image
-    that has no mask.
+    A pixel of the smaller mask is on where at least half of its area was. Raises ValueError naming the first
+    image that has no mask.
     """
     without = frame.loc[frame["mask_path"].fillna("") == ""]
     if len(without):
-        raise ValueError(f"{len(without)} image(s) have no mask, first {without['path'].iloc[0]}: select rows with mask_path")
+        raise ValueError(
+            f"{len(without)} image(s) have no mask, first {without['path'].iloc[0]}: "
+            "select rows with mask_path"
+        )
     return _load_cached(frame["mask_path"], None, Path(base), size, "mask", cache).view(bool)
 
 
 def open_image(source: Path | str | bytes, mode: str = "L", hint: int | None = None) -> Image.Image:
-    """Decode one image file (path or its bytes) to a PIL image of mode "L" or "RGB", upright, 8 bits a channel.
+    """Decode one image file (path or its bytes) to a PIL image of mode "L" or "RGB", upright, 8 bits a
+    channel.
 
-    Handles EXIF rotation, palettes, alpha (laid over black), CMYK and 16 bits (scaled by the smallest usual bit depth,
-    8 to 16, that holds the brightest pixel). `hint` lets a JPEG be decoded at a reduced scale not below 2 x `hint`
-    pixels. Raises ValueError with the reason, without the name of the file.
+    Handles EXIF rotation, palettes, alpha (laid over black), CMYK and 16 bits (scaled by the smallest usual
+    bit depth, 8 to 16, that holds the brightest pixel). `hint` lets a JPEG be decoded at a reduced scale not
+    below 2 x `hint` pixels. Raises ValueError with the reason, without the name of the file.
     """
     try:
         with warnings.catch_warnings():
@@ -86,7 +93,9 @@ def hash_bytes(data: bytes) -> str:
 
 
 def map_files(function: Callable, items: list, desc: str, unit: str = "file") -> list:
-    """Apply `function` to every item in threads (Pillow and hashlib release the interpreter lock); keep the order."""
+    """Apply `function` to every item in threads (Pillow and hashlib release the interpreter lock); keep the
+    order.
+    """
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         return list(progress(pool.map(function, items), desc=desc, total=len(items), unit=unit))
 
@@ -117,9 +126,12 @@ def _scale_deep(pixels: np.ndarray) -> np.ndarray:
     return np.round((pixels - low) / (high - low) * 255).astype(np.uint8)
 
 
-def _load_cached(names: pd.Series, hashes: list[str] | None, base: Path, size: int, mode: str,
-                 cache: Path | str | None) -> np.ndarray:
-    """Serve rows from the cache's shards; decode what is missing into one new shard; keep the order of `names`."""
+def _load_cached(
+    names: pd.Series, hashes: list[str] | None, base: Path, size: int, mode: str, cache: Path | str | None
+) -> np.ndarray:
+    """Serve rows from the cache's shards; decode what is missing into one new shard; keep the order of
+    `names`.
+    """
     files = [base / str(name) for name in names]
     if hashes is None:
         hashes = map_files(lambda file: hash_bytes(_read(file)), files, "hashing")
@@ -132,8 +144,8 @@ def _load_cached(names: pd.Series, hashes: list[str] | None, base: Path, size: i
     if missing:
         shards[_write_shard(folder, missing, size, mode)] = [sha for sha, _ in missing]
     for shard, rows in shards.items():
-        if rows[:len(hashes)] == hashes:
-            return np.load(shard, mmap_mode="c")[:len(hashes)]
+        if rows[: len(hashes)] == hashes:
+            return np.load(shard, mmap_mode="c")[: len(hashes)]
     return _gather(shards, hashes, size, mode)
 
 

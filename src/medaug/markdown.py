@@ -114,7 +114,8 @@ def format_reference(entry: dict[str, str]) -> str:
     elif "eprint" in entry:
         url, label = f"https://arxiv.org/abs/{entry['eprint']}", f"arXiv:{entry['eprint']}"
     link = f' <a href="{url}">{html.escape(label)}</a>' if url else ""
-    head = f"{html.escape(authors)} ({entry['year']}). {html.escape(entry['title'])}."
+    end = "" if entry["title"].endswith("?") else "."
+    head = f"{html.escape(authors)} ({entry['year']}). {html.escape(entry['title'])}{end}"
     return f"{head} {where}{'.' if where else ''}{link}"
 
 

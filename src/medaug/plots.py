@@ -1,7 +1,6 @@
 """One look for every figure: a colour-blind-safe palette, the same colour for the same arm on every page."""
 
 import json
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -44,10 +43,11 @@ def set_style() -> None:
     })
 
 
-def save_figure(run: Run, figure: plt.Figure, name: str, alt: str) -> Path:
-    """Save `figure` as PNG and SVG under `runs/<study>/figures/` with its alt text beside it; return the PNG's path.
+def save_figure(run: Run, figure: plt.Figure, name: str, alt: str) -> None:
+    """Save `figure` as PNG and SVG under `runs/<study>/figures/`, with its alt text beside it.
 
-    `alt` says in one sentence what a reader who cannot see the figure should know.
+    `alt` says in one sentence what a reader who cannot see the figure should know. Nothing is returned: a path at the
+    end of a cell would be printed above the figure.
     """
     folder = run.dir / "figures"
     for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
@@ -55,7 +55,6 @@ def save_figure(run: Run, figure: plt.Figure, name: str, alt: str) -> Path:
             figure.savefig(temporary, format=suffix[1:], metadata=metadata)
     with replace_when_done(folder / f"{name}.json") as temporary:
         temporary.write_text(json.dumps({"alt": alt, "notebook": run.notebook}, indent=2) + "\n", encoding="utf-8")
-    return folder / f"{name}.png"
 
 
 def show_images(images_u8: np.ndarray, titles: list[str] | None = None, columns: int = 8, width: float = 9.0,

@@ -274,44 +274,28 @@ def table_of_verdicts(study: str, source: Tables) -> str:
 
 
 def table_of_synthesis(study: str, source: Tables) -> str:
-    """Return the table of distances between generated and real images, with the real-vs-real floor."""
+    """Return the table of distances to real images, the mean over generator seeds, with the real-vs-real
+    floor.
+    """
     synthesis = source.read(study, "synthesis.csv")
     if synthesis is None:
         return ""
-    columns = {
-        "generator": "l",
-        "encoder": "l",
-        "class": "l",
-        "real": "r",
-        "synthetic": "r",
-        "FID": "r",
-        "KID": "r",
-        "CMMD": "r",
-        "precision": "r",
-        "recall": "r",
-        "density": "r",
-        "coverage": "r",
-        "memorised": "r",
+    keys = {"generator": "generator", "encoder": "encoder", "class": "label"}
+    values = {
+        "real": ("n_real", 0),
+        "synthetic": ("n_synthetic", 0),
+        "FID": ("fid", 2),
+        "KID": ("kid", 4),
+        "CMMD": ("cmmd", 3),
+        "precision": ("precision", 2),
+        "recall": ("recall", 2),
+        "density": ("density", 2),
+        "coverage": ("coverage", 2),
+        "memorised": ("memorised_share", 2),
     }
-    rows = [
-        {
-            "generator": f"`{row.generator}`",
-            "encoder": f"`{row.encoder}`",
-            "class": row.label,
-            "real": format_number(row.n_real),
-            "synthetic": format_number(row.n_synthetic),
-            "FID": format_number(row.fid, 2),
-            "KID": format_number(row.kid, 4),
-            "CMMD": format_number(row.cmmd),
-            "precision": format_number(row.precision, 2),
-            "recall": format_number(row.recall, 2),
-            "density": format_number(row.density, 2),
-            "coverage": format_number(row.coverage, 2),
-            "memorised": format_number(row.memorised_share, 2),
-        }
-        for row in synthesis.itertuples()
-    ]
-    return make_study_table(columns, rows, f"synthesis-{study}", fold=("encoder", "real", "synthetic"))
+    return average_rows(
+        synthesis, keys, values, f"synthesis-{study}", ("encoder", "real", "synthetic", "seeds")
+    )
 
 
 def table_of_segmentation(study: str, source: Tables) -> str:
@@ -319,32 +303,40 @@ def table_of_segmentation(study: str, source: Tables) -> str:
     segmentation = source.read(study, "segmentation.csv")
     if segmentation is None:
         return ""
-    columns = {
-        "model": "l",
-        "trained on": "l",
-        "tested on": "l",
-        "Dice per image": "r",
-        "Dice pooled": "r",
-        "IoU": "r",
-        "HD95, px": "r",
-        "parameters": "r",
-        "seeds": "r",
+    keys = {"model": "model", "trained on": "train_source", "tested on": "test_source"}
+    values = {
+        "Dice per image": ("dice_per_image", 3),
+        "Dice pooled": ("dice_pooled", 3),
+        "IoU": ("iou", 3),
+        "HD95, px": ("hd95", 1),
+        "parameters": ("params_total", 0),
     }
-    groups = segmentation[segmentation["split"] == "test"].groupby(
-        ["model", "train_source", "test_source"], sort=False
-    )
-    rows = [
-        {
-            "model": f"`{model}`",
-            "trained on": trained,
-            "tested on": tested,
-            "Dice per image": format_number(group["dice_per_image"].mean()),
-            "Dice pooled": format_number(group["dice_pooled"].mean()),
-            "IoU": format_number(group["iou"].mean()),
-            "HD95, px": format_number(group["hd95"].mean(), 1),
-            "parameters": format_number(group["params_total"].iloc[0]),
-            "seeds": str(group["seed"].nunique()),
+    test = segmentation[segmentation["split"] == "test"]
+    return average_rows(test, keys, values, f"segmentation-{study}", ("trained on", "tested on", "seeds"))
+
+
+def average_rows(
+    frame: pd.DataFrame,
+    keys: dict[str, str],
+    values: dict[str, tuple[str, int]],
+    identity: str,
+    fold: tuple[str, ...],
+) -> str:
+    """Return the means over seeds as a table; `keys` map heads to columns, `values` heads to (column,
+    decimals).
+    """
+    seed = "generator_seed" if "generator_seed" in frame.columns else "seed"
+    rows = []
+    for named, group in frame.groupby(list(keys.values()), sort=False):
+        cells = dict(zip(keys, named, strict=True))
+        cells = {
+            head: f"`{cell}`" if head in ("generator", "encoder", "model") else cell
+            for head, cell in cells.items()
         }
-        for (model, trained, tested), group in groups
-    ]
-    return make_study_table(columns, rows, f"segmentation-{study}", fold=("trained on", "tested on", "seeds"))
+        cells |= {
+            head: format_number(group[column].mean(), digits) for head, (column, digits) in values.items()
+        }
+        cells["seeds"] = str(group[seed].nunique()) if seed in group.columns else "1"
+        rows.append(cells)
+    columns = dict.fromkeys(keys, "l") | dict.fromkeys([*values, "seeds"], "r")
+    return make_study_table(columns, rows, identity, fold)

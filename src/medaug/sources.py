@@ -1,7 +1,8 @@
 """Where images come from: each source becomes one manifest, split by patient, frozen with a hash.
 
-A reader lists records (`path, label, patient_id, split, mask_path`, and `group`, the key that may not be cut by a split);
-what follows is the same for all: inspect every file, leave out and name what cannot be used, split, write.
+A reader lists records (`path, label, patient_id, split, mask_path`, and `group`, the key that may not be cut
+by a split); what follows is the same for all: inspect every file, leave out and name what cannot be used,
+split, write.
 """
 
 import hashlib
@@ -23,7 +24,19 @@ from medaug.phantom import chest
 from medaug.phantom.cohort import draw_cohort
 from medaug.runtime import progress, replace_when_done, save_json
 
-COLUMNS = ["image_id", "path", "sha256", "label", "patient_id", "split", "fold", "mask_path", "width", "height", "origin"]
+COLUMNS = [
+    "image_id",
+    "path",
+    "sha256",
+    "label",
+    "patient_id",
+    "split",
+    "fold",
+    "mask_path",
+    "width",
+    "height",
+    "origin",
+]
 SPLITS = ["train", "val", "test", "oracle"]
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
 GUANGZHOU_NAMES = [
@@ -35,14 +48,25 @@ FINDINGS = {"bacteria": "bacterial", "virus": "viral", "normal": "normal"}
 COVID_FOLDERS = {"covid": "COVID", "opacity": "Lung_Opacity", "normal": "Normal", "viral": "Viral Pneumonia"}
 
 
-def build_manifest(source: str, run_dir: Path | str, data: str = "", classes: list[str] | None = None, seed: int = 0,
-                   val_fraction: float = 0.2, test_fraction: float = 0.2, n_folds: int = 0, **options) -> pd.DataFrame:
-    """Build, split and write the manifest of `source`: `run_dir/manifest.parquet` and, beside it, `manifest.json`.
+def build_manifest(
+    source: str,
+    run_dir: Path | str,
+    data: str = "",
+    classes: list[str] | None = None,
+    seed: int = 0,
+    val_fraction: float = 0.2,
+    test_fraction: float = 0.2,
+    n_folds: int = 0,
+    **options,
+) -> pd.DataFrame:
+    """Build, split and write the manifest of `source`: `run_dir/manifest.parquet` and, beside it,
+    `manifest.json`.
 
-    `source` is one of `READERS`; `data` the folder (or CSV / parquet file) of a source that is not the phantom; `classes`
-    the class order (None or []: the labels found, sorted); `options` go to the source's reader. A split that the source
-    gives is kept; the rest is split by patient into train and val (and test, where the source has none), or into
-    `n_folds` test folds. Raises FileNotFoundError or ValueError, each one line that says what to do.
+    `source` is one of `READERS`; `data` the folder (or CSV / parquet file) of a source that is not the
+    phantom; `classes` the class order (None or []: the labels found, sorted); `options` go to the source's
+    reader. A split that the source gives is kept; the rest is split by patient into train and val (and test,
+    where the source has none), or into `n_folds` test folds. Raises FileNotFoundError or ValueError, each one
+    line that says what to do.
     """
     if source not in READERS:
         raise ValueError(f"source '{source}' is unknown: choose one of {', '.join(READERS)}")
@@ -55,9 +79,17 @@ def build_manifest(source: str, run_dir: Path | str, data: str = "", classes: li
     records, copies = _leave_out_copies_of_test(records)
     records = assign_splits(records, val_fraction, test_fraction, n_folds, seed)
     manifest = _finish(records)
-    card = notes | {"source": source, "simulated": source == "phantom", "classes": order, "missing_classes": missing,
-                    "left_out": left_out + copies, "n_images": len(manifest), "seed": seed, "n_folds": n_folds,
-                    "split_hash": hash_split(manifest)}  # fmt: skip
+    card = notes | {
+        "source": source,
+        "simulated": source == "phantom",
+        "classes": order,
+        "missing_classes": missing,
+        "left_out": left_out + copies,
+        "n_images": len(manifest),
+        "seed": seed,
+        "n_folds": n_folds,
+        "split_hash": hash_split(manifest),
+    }
     save_manifest(manifest, card, run_dir)
     return manifest
 
@@ -70,7 +102,9 @@ def save_manifest(manifest: pd.DataFrame, card: dict, run_dir: Path | str) -> No
 
 
 def read_card(run_dir: Path | str) -> dict:
-    """Read `manifest.json`: source, class order, how patients are known, what was left out and why, the split's hash."""
+    """Read `manifest.json`: source, class order, how patients are known, what was left out and why, the
+    split's hash.
+    """
     return json.loads((Path(run_dir) / "manifest.json").read_text(encoding="utf-8"))
 
 
@@ -81,30 +115,44 @@ def read_manifest(run_dir: Path | str) -> pd.DataFrame:
         raise FileNotFoundError(f"no {path}: run 01-data-audit first")
     manifest = pd.read_parquet(path)
     if hash_split(manifest) != read_card(run_dir)["split_hash"]:
-        raise ValueError(f"{path} is not the manifest that was frozen: run 01-data-audit again, and all after it")
+        raise ValueError(
+            f"{path} is not the manifest that was frozen: run 01-data-audit again, and all after it"
+        )
     return manifest
 
 
 def hash_split(manifest: pd.DataFrame) -> str:
-    """Return the SHA-256 of who is where: image, content, label, patient, split and fold of every row, in any order."""
+    """Return the SHA-256 of who is where: image, content, label, patient, split and fold of every row, in any
+    order.
+    """
     rows = manifest[["image_id", "sha256", "label", "patient_id", "split", "fold"]].astype(str)
     return hashlib.sha256("\n".join(sorted(rows.agg("\t".join, axis=1))).encode()).hexdigest()
 
 
 def select_fold(manifest: pd.DataFrame, fold: int) -> pd.DataFrame:
-    """Return the manifest with `split` set for one fold of a k-fold study: test = `fold`, val = the next one, train = rest."""
+    """Return the manifest with `split` set for one fold of a k-fold study: test = `fold`, val = the next one,
+    train = rest.
+    """
     n_folds = manifest["fold"].max() + 1
     if not 0 <= fold < n_folds:
-        raise ValueError(f"fold {fold} does not exist: the manifest has {n_folds} fold(s); set n_folds in 01-data-audit")
-    split = np.where(manifest["fold"] == fold, "test", np.where(manifest["fold"] == (fold + 1) % n_folds, "val", "train"))
+        raise ValueError(
+            f"fold {fold} does not exist: the manifest has {n_folds} fold(s); set n_folds in 01-data-audit"
+        )
+    split = np.where(
+        manifest["fold"] == fold, "test", np.where(manifest["fold"] == (fold + 1) % n_folds, "val", "train")
+    )
     return manifest.assign(split=split)
 
 
-# ------------------------------------------------------------------------------------------------------- splitting
+# ---------------------------------------------------------------- splitting
 
 
-def assign_splits(records: pd.DataFrame, val_fraction: float, test_fraction: float, n_folds: int, seed: int) -> pd.DataFrame:
-    """Fill `split` (rows where it is "") and `fold` by group: no `group` is cut. Given test and oracle rows are kept."""
+def assign_splits(
+    records: pd.DataFrame, val_fraction: float, test_fraction: float, n_folds: int, seed: int
+) -> pd.DataFrame:
+    """Fill `split` (rows where it is "") and `fold` by group: no `group` is cut. Given test and oracle rows
+    are kept.
+    """
     records = records.assign(fold=-1)
     if records["group"].nunique() < 2:
         raise ValueError("all images belong to one patient: a split by patient needs at least two")
@@ -120,7 +168,9 @@ def assign_splits(records: pd.DataFrame, val_fraction: float, test_fraction: flo
 
 
 def _take_part(records: pd.DataFrame, split: str, fraction: float, seed: int) -> None:
-    """Give `split` to about `fraction` of the rows that have none yet, whole groups, classes in proportion (in place)."""
+    """Give `split` to about `fraction` of the rows that have none yet, whole groups, classes in proportion
+    (in place).
+    """
     if not 0 < fraction <= 0.5:
         raise ValueError(f"{split}_fraction is {fraction}: choose more than 0 and at most 0.5")
     free = records["split"] == ""
@@ -131,8 +181,11 @@ def _take_part(records: pd.DataFrame, split: str, fraction: float, seed: int) ->
 def _number_folds(records: pd.DataFrame, n_folds: int, seed: int) -> np.ndarray:
     groups = records.groupby("label")["group"].nunique()
     if groups.min() < n_folds:
-        raise ValueError(f"class '{groups.idxmin()}' has {groups.min()} patient(s), fewer than the {n_folds} parts asked for: "
-                         "lower n_folds, or raise val_fraction and test_fraction")  # fmt: skip
+        raise ValueError(
+            f"class '{groups.idxmin()}' has {groups.min()} patient(s), fewer than the {n_folds} parts "
+            "asked for: "
+            "lower n_folds, or raise val_fraction and test_fraction"
+        )
     splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
     folds = np.zeros(len(records), int)
     for number, (_, held_out) in enumerate(splitter.split(folds, records["label"], records["group"])):
@@ -140,37 +193,55 @@ def _number_folds(records: pd.DataFrame, n_folds: int, seed: int) -> np.ndarray:
     return folds
 
 
-# ---------------------------------------------------------------------------------------- what all sources share
+# ---------------------------------------------------------------- what all sources share
 
 
 def _inspect(records: pd.DataFrame, run_dir: Path) -> tuple[pd.DataFrame, list[dict]]:
-    """Add the measures of each file; leave out what cannot be read. Returns the rest and the list of what was left out."""
+    """Add the measures of each file; leave out what cannot be read. Returns the rest and the list of what was
+    left out.
+    """
     inspected = inspect_files([run_dir / path for path in records["path"]], run_dir / "cache")
     problem = records["problem"].where(records["problem"] != "", inspected["problem"].to_numpy())
     left_out = records.assign(reason=problem)[problem != ""]
     listed = left_out[["image_id", "reason"]].to_dict("records")
-    measures = inspected[["sha256", "pixel_sha256", "width", "height", "thumbnail"]] if len(left_out) < len(records) else None
+    measures = (
+        inspected[["sha256", "pixel_sha256", "width", "height", "thumbnail"]]
+        if len(left_out) < len(records)
+        else None
+    )
     if measures is None:
-        raise ValueError(f"no usable image: {len(records)} file(s) left out, first {listed[0]['image_id']}: {listed[0]['reason']}")
+        raise ValueError(
+            f"no usable image: {len(records)} file(s) left out, "
+            f"first {listed[0]['image_id']}: {listed[0]['reason']}"
+        )
     usable = records.join(measures)[problem == ""].drop(columns="problem")
     return usable.reset_index(drop=True), listed
 
 
-def _check_classes(records: pd.DataFrame, classes: list[str] | None, may_miss: bool) -> tuple[list[str], list[str]]:
-    """Return the class order and the classes that are missing; raise where what is left cannot be classified."""
+def _check_classes(
+    records: pd.DataFrame, classes: list[str] | None, may_miss: bool
+) -> tuple[list[str], list[str]]:
+    """Return the class order and the missing classes; raise where what is left cannot be classified."""
     found = records["label"].value_counts()
     order = list(classes or sorted(found.index))
     missing = [label for label in order if label not in found]
     if missing and not may_miss:
-        raise ValueError(f"class '{missing[0]}' has no images; found {', '.join(found.index)}: fill its folder or change classes")
+        raise ValueError(
+            f"class '{missing[0]}' has no images; found {', '.join(found.index)}: "
+            "fill its folder or change classes"
+        )
     order = [label for label in order if label in found]
     if len(order) < 2:
-        raise ValueError(f"only one class ({order[0]}): a classifier needs at least two; check the folders and classes")
+        raise ValueError(
+            f"only one class ({order[0]}): a classifier needs at least two; check the folders and classes"
+        )
     return order, missing
 
 
 def _name_patients(records: pd.DataFrame, known: str) -> tuple[pd.DataFrame, str]:
-    """Fill empty patient ids by near-duplicate group, and let `group` tie pictures that are the same: number it from 0."""
+    """Fill empty patient ids by near-duplicate group, and let `group` tie pictures that are the same: number
+    it from 0.
+    """
     links = [_link_equal(records["pixel_sha256"])]
     unnamed = (records["patient_id"] == "").to_numpy()
     if unnamed.any():
@@ -178,8 +249,10 @@ def _name_patients(records: pd.DataFrame, known: str) -> tuple[pd.DataFrame, str
         pairs = find_near_pairs(compute_phash(thumbnails_u8), thumbnails_u8)[["first", "second"]].to_numpy()
         number = group_pairs(len(records), *pairs.T)
         stand_in = np.array([f"group-{n:05d}" for n in number], object)
-        records = records.assign(patient_id=np.where(unnamed, stand_in, records["patient_id"]),
-                                 group=np.where(records["group"] == "", stand_in, records["group"]))  # fmt: skip
+        records = records.assign(
+            patient_id=np.where(unnamed, stand_in, records["patient_id"]),
+            group=np.where(records["group"] == "", stand_in, records["group"]),
+        )
         links.append(pairs)
         text = f"near-duplicate groups stand in for patients in {unnamed.sum()} of {len(records)} images"
         known = f"{known}; {text}" if known else text
@@ -204,14 +277,22 @@ def _leave_out_copies_of_test(records: pd.DataFrame) -> tuple[pd.DataFrame, list
 
 def _finish(records: pd.DataFrame) -> pd.DataFrame:
     numbers = ("fold", "width", "height")
-    manifest = records.assign(origin="real")[COLUMNS].astype({c: int if c in numbers else str for c in COLUMNS})
+    manifest = records.assign(origin="real")[COLUMNS].astype(
+        {c: int if c in numbers else str for c in COLUMNS}
+    )
     order = pd.Categorical(manifest["split"], SPLITS)
-    return manifest.assign(order=order).sort_values(["order", "image_id"]).drop(columns="order").reset_index(drop=True)
+    return (
+        manifest.assign(order=order)
+        .sort_values(["order", "image_id"])
+        .drop(columns="order")
+        .reset_index(drop=True)
+    )
 
 
 def _list_images(folder: Path, ignored: Counter) -> list[Path]:
-    """List image files under `folder`, sorted; count other files by suffix; skip hidden ones. Symbolic links to folders
-    are not followed, so a loop ends."""
+    """List image files under `folder`, sorted; count other files by suffix; skip hidden ones. Symbolic links
+    to folders are not followed, so a loop ends.
+    """
     files = []
     for where, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
@@ -229,12 +310,26 @@ def _make_records(files: list[Path], base: Path, **columns) -> pd.DataFrame:
     names = [_escape(file.relative_to(base).as_posix()) for file in files]
     stems = [name.rpartition(".")[0] for name in names]
     often = Counter(stems)
-    problems = ["" if _escape(str(file)) == str(file) else "the name is not UTF-8: rename the file" for file in files]
-    records = pd.DataFrame({
-        "image_id": [stem if often[stem] == 1 else name for stem, name in zip(stems, names, strict=True)],
-        "path": [_escape(str(file)) for file in files], "label": "", "patient_id": "", "split": "", "mask_path": "",
-        "problem": "",
-    }).astype(object).assign(**columns)  # fmt: skip
+    problems = [
+        "" if _escape(str(file)) == str(file) else "the name is not UTF-8: rename the file" for file in files
+    ]
+    records = (
+        pd.DataFrame(
+            {
+                "image_id": [
+                    stem if often[stem] == 1 else name for stem, name in zip(stems, names, strict=True)
+                ],
+                "path": [_escape(str(file)) for file in files],
+                "label": "",
+                "patient_id": "",
+                "split": "",
+                "mask_path": "",
+                "problem": "",
+            }
+        )
+        .astype(object)
+        .assign(**columns)
+    )
     records["problem"] = np.where(np.array(problems, object) != "", problems, records["problem"])
     return records if "group" in records else records.assign(group=records["patient_id"])
 
@@ -256,32 +351,43 @@ def _locate(name: str, data: str) -> Path:
 
 def _given_path(source: str, data: str) -> Path:
     if not data:
-        raise FileNotFoundError(f"source '{source}' needs a path: set data (in the study) or DATA=/path (make)")
+        raise FileNotFoundError(
+            f"source '{source}' needs a path: set data (in the study) or DATA=/path (make)"
+        )
     path = Path(data).expanduser().resolve()
     if not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}; set data to an existing one")
     return path
 
 
-# --------------------------------------------------------------------------------------------------------- readers
+# ---------------------------------------------------------------- readers
 
 
 def read_guangzhou(run_dir: Path, data: str, classes: list[str], seed: int = 0) -> tuple[pd.DataFrame, dict]:
-    """Read the paediatric X-rays of Kermany et al. (2018), in both public layouts; the publisher's test set is kept.
+    """Read the paediatric X-rays of Kermany et al. (2018), in both public layouts; the publisher's test set
+    is kept.
 
-    A patient is *number + finding* (`person1-bacteria`). Train and val are drawn anew (the published val has 16 images)
-    by bare number, so that no reading of the names puts a patient in both.
+    A patient is *number + finding* (`person1-bacteria`). Train and val are drawn anew (the published val has
+    16 images) by bare number, so that no reading of the names puts a patient in both.
     """
     folder = _locate("guangzhou", data)
-    roots = [root for root in (folder, folder / "chest_xray", folder / "CellData" / "chest_xray") if (root / "train").is_dir()]
+    roots = [
+        root
+        for root in (folder, folder / "chest_xray", folder / "CellData" / "chest_xray")
+        if (root / "train").is_dir()
+    ]
     if not roots:
-        raise FileNotFoundError(f"no Guangzhou images under {folder}: expected chest_xray/train and chest_xray/test "
-                                "with NORMAL and PNEUMONIA in each")  # fmt: skip
+        raise FileNotFoundError(
+            f"no Guangzhou images under {folder}: expected chest_xray/train and chest_xray/test "
+            "with NORMAL and PNEUMONIA in each"
+        )
     ignored = Counter()
     files = [file for part in ("train", "val", "test") for file in _list_images(roots[0] / part, ignored)]
     records = _make_records(files, roots[0])
     records["split"] = np.where(records["image_id"].str.startswith("test/"), "test", "")
-    named = pd.DataFrame([parse_guangzhou(file.name, file.parent.name) for file in files], index=records.index)
+    named = pd.DataFrame(
+        [parse_guangzhou(file.name, file.parent.name) for file in files], index=records.index
+    )
     records = records.assign(**{column: named[column] for column in ("label", "patient_id", "group")})
     records["problem"] = records["problem"].where(records["problem"] != "", named["problem"])
     key = "number and finding in the file name (person1 + bacteria); normals by series and number"
@@ -289,23 +395,39 @@ def read_guangzhou(run_dir: Path, data: str, classes: list[str], seed: int = 0) 
 
 
 def parse_guangzhou(name: str, folder: str) -> dict[str, str]:
-    """Return label, patient_id, group (the bare number) and problem ("" if none) as a Guangzhou file name gives them."""
+    """Return label, patient_id, group (the bare number) and problem ("" if none) as a Guangzhou file name
+    gives them.
+    """
     match = next(filter(None, (pattern.match(name) for pattern in GUANGZHOU_NAMES)), None)
     if not match:
-        return {"label": "", "patient_id": "", "group": "", "problem": "the name says neither finding nor patient"}
+        return {
+            "label": "",
+            "patient_id": "",
+            "group": "",
+            "problem": "the name says neither finding nor patient",
+        }
     parts = match.groupdict()
     finding = (parts.get("finding") or "normal").lower()
-    problem = "" if (finding == "normal") == (folder.upper() == "NORMAL") else f"folder {folder} but named {finding}"
+    problem = (
+        ""
+        if (finding == "normal") == (folder.upper() == "NORMAL")
+        else f"folder {folder} but named {finding}"
+    )
     series = parts.get("series") or ""
-    return {"label": FINDINGS[finding], "patient_id": f"{series}{parts['number']}-{finding}", "group": parts["number"],
-            "problem": problem}  # fmt: skip
+    return {
+        "label": FINDINGS[finding],
+        "patient_id": f"{series}{parts['number']}-{finding}",
+        "group": parts["number"],
+        "problem": problem,
+    }
 
 
 def read_covid(run_dir: Path, data: str, classes: list[str], seed: int = 0) -> tuple[pd.DataFrame, dict]:
-    """Read the COVID-19 radiography database (Chowdhury, Rahman et al. 2020-21): four classes, lung masks by name.
+    """Read the COVID-19 radiography database (Chowdhury, Rahman et al. 2020-21): four classes, lung masks by
+    name.
 
-    It names no patients. Images that are copies of Guangzhou images (found by perceptual hash where that source is at
-    hand) take their patients; the others get near-duplicate groups.
+    It names no patients. Images that are copies of Guangzhou images (found by perceptual hash where that
+    source is at hand) take their patients; the others get near-duplicate groups.
     """
     folder = _locate("covid-radiography", data)
     ignored, parts = Counter(), []
@@ -314,7 +436,9 @@ def read_covid(run_dir: Path, data: str, classes: list[str], seed: int = 0) -> t
         if files:
             parts.append(_make_records(files, folder, label=label))
     if not parts:
-        raise FileNotFoundError(f"no COVID radiography images under {folder}: expected COVID/images, Normal/images ...")
+        raise FileNotFoundError(
+            f"no COVID radiography images under {folder}: expected COVID/images, Normal/images ..."
+        )
     records = pd.concat(parts, ignore_index=True)
     records["mask_path"] = [_find_mask(Path(path)) for path in records["path"]]
     mapped = _map_to_guangzhou(records, run_dir, folder)
@@ -328,16 +452,23 @@ def _find_mask(image: Path) -> str:
 
 
 def _map_to_guangzhou(records: pd.DataFrame, run_dir: Path, folder: Path) -> int:
-    """Give images that are also in Guangzhou their patients (in place); return how many there are, 0 without Guangzhou."""
+    """Give images that are also in Guangzhou their patients (in place); return how many there are, 0 without
+    Guangzhou.
+    """
     try:
         theirs, _ = read_guangzhou(run_dir, str(find_source("guangzhou", str(folder))), [])
     except FileNotFoundError:
         return 0
-    measured = [inspect_files([Path(path) for path in frame["path"]], run_dir / "cache") for frame in (records, theirs)]
+    measured = [
+        inspect_files([Path(path) for path in frame["path"]], run_dir / "cache")
+        for frame in (records, theirs)
+    ]
     usable = [np.flatnonzero(frame["problem"] == "") for frame in measured]
     thumbnails = [stack_thumbnails(frame.iloc[rows]) for frame, rows in zip(measured, usable, strict=True)]
     hashes = [compute_phash(images_u8) for images_u8 in thumbnails]
-    pairs = find_near_pairs(hashes[0], thumbnails[0], against=(hashes[1], thumbnails[1])).drop_duplicates("first")
+    pairs = find_near_pairs(hashes[0], thumbnails[0], against=(hashes[1], thumbnails[1])).drop_duplicates(
+        "first"
+    )
     copies, originals = usable[0][pairs["first"]], usable[1][pairs["second"]]
     for column in ("patient_id", "group"):
         records.iloc[copies, records.columns.get_loc(column)] = theirs[column].to_numpy()[originals]
@@ -345,26 +476,41 @@ def _map_to_guangzhou(records: pd.DataFrame, run_dir: Path, folder: Path) -> int
 
 
 def read_lungs(run_dir: Path, data: str, classes: list[str], seed: int = 0) -> tuple[pd.DataFrame, dict]:
-    """Read the Montgomery and Shenzhen chest X-rays with lung masks (US National Library of Medicine; Jaeger et al. 2014).
+    """Read the Montgomery and Shenzhen chest X-rays with lung masks (US National Library of Medicine; Jaeger
+    et al. 2014).
 
     One image a patient; a name that ends in `_1` means tuberculosis, `_0` normal.
     """
     folder, ignored = _locate("lungs", data), Counter()
-    files = [file for part in ("Montgomery", "Shenzhen") for file in _list_images(folder / part / "images", ignored)]
+    files = [
+        file
+        for part in ("Montgomery", "Shenzhen")
+        for file in _list_images(folder / part / "images", ignored)
+    ]
     if not files:
-        raise FileNotFoundError(f"no lung images under {folder}: expected Montgomery/images and Shenzhen/images")
+        raise FileNotFoundError(
+            f"no lung images under {folder}: expected Montgomery/images and Shenzhen/images"
+        )
     stems = pd.Series([file.stem for file in files])
     labels = stems.str.extract(r"_([01])$")[0].map({"0": "normal", "1": "tuberculosis"}).fillna("")
-    records = _make_records(files, folder, label=labels, patient_id=stems, mask_path=[_find_mask(file) for file in files],
-                            problem=np.where(labels == "", "the name does not end in _0 or _1", ""))  # fmt: skip
+    records = _make_records(
+        files,
+        folder,
+        label=labels,
+        patient_id=stems,
+        mask_path=[_find_mask(file) for file in files],
+        problem=np.where(labels == "", "the name does not end in _0 or _1", ""),
+    )
     return records, {"patient_key": "one image a patient", "ignored": dict(ignored)}
 
 
-def read_lymphoma(run_dir: Path, data: str, classes: list[str], seed: int = 0, block_size: int = 12) -> tuple[pd.DataFrame, dict]:
+def read_lymphoma(
+    run_dir: Path, data: str, classes: list[str], seed: int = 0, block_size: int = 12
+) -> tuple[pd.DataFrame, dict]:
     """Read the lymphoma images of IICBU-2008 (Shamir et al. 2008): CLL, FL, MCL, one folder each.
 
-    No patients are named. Names of the public copy hold the slide (`sj-03-2810_001.tif`); in a numbered copy neighbouring
-    numbers share a slide, so blocks of `block_size` numbers stand in. Use with `n_folds`.
+    No patients are named. Names of the public copy hold the slide (`sj-03-2810_001.tif`); in a numbered copy
+    neighbouring numbers share a slide, so blocks of `block_size` numbers stand in. Use with `n_folds`.
     """
     folder, ignored = _locate("lymphoma", data), Counter()
     parts = []
@@ -376,7 +522,11 @@ def read_lymphoma(run_dir: Path, data: str, classes: list[str], seed: int = 0, b
     if records.empty:
         raise FileNotFoundError(f"no lymphoma images under {folder}: expected the folders CLL, FL and MCL")
     numbered = records["patient_id"].str.contains("-block-").any()
-    key = f"blocks of {block_size} neighbouring numbers stand in for slides" if numbered else "slide in the file name"
+    key = (
+        f"blocks of {block_size} neighbouring numbers stand in for slides"
+        if numbered
+        else "slide in the file name"
+    )
     return records, {"patient_key": key, "ignored": dict(ignored)}
 
 
@@ -386,30 +536,42 @@ def _read_slide(stem: str, label: str, block_size: int) -> str:
     return f"{label}-" + re.sub(r"[_ ]\d+$", "", stem)
 
 
-def read_folder(run_dir: Path, data: str, classes: list[str], seed: int = 0,
-                patient_pattern: str = "") -> tuple[pd.DataFrame, dict]:
+def read_folder(
+    run_dir: Path, data: str, classes: list[str], seed: int = 0, patient_pattern: str = ""
+) -> tuple[pd.DataFrame, dict]:
     """Read a plain folder with one sub-folder per class, or with train/val/test that hold them.
 
-    `patient_pattern` is a regular expression; its first group, searched in the file's name, is the patient. Without it
-    near-duplicate groups stand in.
+    `patient_pattern` is a regular expression; its first group, searched in the file's name, is the patient.
+    Without it near-duplicate groups stand in.
     """
     folder, ignored = _given_path("folder", data), Counter()
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder: give one with one sub-folder per class, or use source 'manifest'")
+        raise FileNotFoundError(
+            f"{folder} is not a folder: give one with one sub-folder per class, or use source 'manifest'"
+        )
     files = _list_images(folder, ignored)
     if not files:
-        raise FileNotFoundError(f"no images under {folder}: expected one sub-folder per class with PNG, JPEG or TIFF files")
+        raise FileNotFoundError(
+            f"no images under {folder}: expected one sub-folder per class with PNG, JPEG or TIFF files"
+        )
     parts = [file.relative_to(folder).parts for file in files]
     has_splits = {part[0] for part in parts} <= {"train", "val", "test"}
     labels = [part[has_splits] if len(part) > 1 + has_splits else "" for part in parts]
-    records = _make_records(files, folder, label=labels, split=[part[0] if has_splits else "" for part in parts])
+    records = _make_records(
+        files, folder, label=labels, split=[part[0] if has_splits else "" for part in parts]
+    )
     records["split"] = records["split"].replace("train", "")
     records.loc[records["label"] == "", "problem"] = "not in a class folder"
     if patient_pattern:
         found = pd.Series([re.search(patient_pattern, file.name) for file in files])
         records["patient_id"] = records["group"] = [match.group(1) if match else "" for match in found]
-        records.loc[found.isna(), "problem"] = f"patient_pattern {patient_pattern!r} finds no patient in the name"
-    return records, {"patient_key": "patient_pattern in the file name" if patient_pattern else "", "ignored": dict(ignored)}
+        records.loc[found.isna(), "problem"] = (
+            f"patient_pattern {patient_pattern!r} finds no patient in the name"
+        )
+    return records, {
+        "patient_key": "patient_pattern in the file name" if patient_pattern else "",
+        "ignored": dict(ignored),
+    }
 
 
 def read_table(run_dir: Path, data: str, classes: list[str], seed: int = 0) -> tuple[pd.DataFrame, dict]:
@@ -420,73 +582,134 @@ def read_table(run_dir: Path, data: str, classes: list[str], seed: int = 0) -> t
     file = _given_path("manifest", data)
     if file.is_dir() or file.suffix.lower() not in (".csv", ".parquet"):
         raise ValueError(f"{file} is neither a CSV nor a parquet file: give one, or use source 'folder'")
-    given = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file, dtype=str, keep_default_na=False)
+    given = (
+        pd.read_parquet(file)
+        if file.suffix == ".parquet"
+        else pd.read_csv(file, dtype=str, keep_default_na=False)
+    )
     lacking = [column for column in ("path", "label") if column not in given]
     if lacking or given.empty:
-        raise ValueError(f"{file} " + (f"lacks the column {lacking[0]}" if lacking else "has no rows") + ": needs path and label")
-    optional = {c: given[c].fillna("").astype(str) for c in ("label", "patient_id", "split", "mask_path") if c in given}
+        raise ValueError(
+            f"{file} "
+            + (f"lacks the column {lacking[0]}" if lacking else "has no rows")
+            + ": needs path and label"
+        )
+    optional = {
+        c: given[c].fillna("").astype(str)
+        for c in ("label", "patient_id", "split", "mask_path")
+        if c in given
+    }
     unknown = set(optional.get("split", [])) - {*SPLITS, ""}
     if unknown:
-        raise ValueError(f"{file}: split '{sorted(unknown)[0]}' is unknown: use train, val or test, or leave it empty")
+        raise ValueError(
+            f"{file}: split '{sorted(unknown)[0]}' is unknown: use train, val or test, or leave it empty"
+        )
     if "mask_path" in optional:
-        optional["mask_path"] = optional["mask_path"].map(lambda path: str(file.parent / path) if path else "")
+        optional["mask_path"] = optional["mask_path"].map(
+            lambda path: str(file.parent / path) if path else ""
+        )
     paths = [file.parent / path for path in given["path"].astype(str)]
     names = [os.path.relpath(path, file.parent) for path in paths]
-    records = _make_records([Path("/") / name for name in names], Path("/"), **optional).assign(path=[str(p) for p in paths])
+    records = _make_records([Path("/") / name for name in names], Path("/"), **optional).assign(
+        path=[str(p) for p in paths]
+    )
     return records, {"patient_key": "column patient_id" if "patient_id" in given else "", "ignored": {}}
 
 
-def render_phantom(run_dir: Path, data: str, classes: list[str], seed: int = 0, image_size: int = 64,
-                   n_patients: dict[str, int] | None = None, images_per_patient: tuple[int, int] = (1, 4),
-                   difficulty: float = 0.5, class_probs: list[float] | None = None,
-                   null: bool = False) -> tuple[pd.DataFrame, dict]:
+def render_phantom(
+    run_dir: Path,
+    data: str,
+    classes: list[str],
+    seed: int = 0,
+    image_size: int = 64,
+    n_patients: dict[str, int] | None = None,
+    images_per_patient: tuple[int, int] = (1, 4),
+    difficulty: float = 0.5,
+    class_probs: list[float] | None = None,
+    null: bool = False,
+) -> tuple[pd.DataFrame, dict]:
     """Render simulated patients to `run_dir/images/*.png` and their lung masks to `run_dir/masks/*.png`.
 
-    `n_patients` gives the patients per split (train, val, test, oracle), each a cohort of its own; `class_probs`,
-    `difficulty` and `null` are the phantom's dials (see `medaug.phantom`).
+    `n_patients` gives the patients per split (train, val, test, oracle), each a cohort of its own;
+    `class_probs`, `difficulty` and `null` are the phantom's dials (see `medaug.phantom`).
     """
     counts = n_patients or {"train": 400, "val": 160, "test": 480, "oracle": 480}
     unknown = set(counts) - set(SPLITS)
     if unknown:
-        raise ValueError(f"n_patients names the split '{sorted(unknown)[0]}': use train, val, test and oracle")
-    cohorts = [draw_cohort(count, classes or ["normal", "bacterial", "viral"], class_probs, images_per_patient,
-                           seed=len(SPLITS) * seed + SPLITS.index(split), null=null, prefix=split).assign(split=split)
-               for split, count in counts.items() if count]  # fmt: skip
+        raise ValueError(
+            f"n_patients names the split '{sorted(unknown)[0]}': use train, val, test and oracle"
+        )
+    cohorts = [
+        draw_cohort(
+            count,
+            classes or ["normal", "bacterial", "viral"],
+            class_probs,
+            images_per_patient,
+            seed=len(SPLITS) * seed + SPLITS.index(split),
+            null=null,
+            prefix=split,
+        ).assign(split=split)
+        for split, count in counts.items()
+        if count
+    ]
     cohort = pd.concat(cohorts, ignore_index=True)
     for start in progress(range(0, len(cohort), 256), desc="rendering", unit="batch"):
-        part = cohort.iloc[start:start + 256]
-        rendered = chest.render(part["patient_seed"], part["image_seed"], part["rendered_label"], image_size, difficulty)
+        part = cohort.iloc[start : start + 256]
+        rendered = chest.render(
+            part["patient_seed"], part["image_seed"], part["rendered_label"], image_size, difficulty
+        )
         masks_u8 = rendered["lung_mask"].astype(np.uint8) * 255
         for folder, pictures in (("images", rendered["image_u8"]), ("masks", masks_u8)):
-            map_files(_save_png, [(run_dir / folder / f"{name}.png", picture)
-                                  for name, picture in zip(part["image_id"], pictures, strict=True)], folder)  # fmt: skip
+            map_files(
+                _save_png,
+                [
+                    (run_dir / folder / f"{name}.png", picture)
+                    for name, picture in zip(part["image_id"], pictures, strict=True)
+                ],
+                folder,
+            )
     for folder in ("images", "masks"):  # pictures of an earlier cohort of other size would only mislead
         for stale in {file.stem for file in (run_dir / folder).glob("*.png")} - set(cohort["image_id"]):
             (run_dir / folder / f"{stale}.png").unlink(missing_ok=True)
     records = cohort[["image_id", "label", "patient_id", "split"]].assign(
-        path="images/" + cohort["image_id"] + ".png", mask_path="masks/" + cohort["image_id"] + ".png",
-        group=cohort["patient_id"], problem="")  # fmt: skip
+        path="images/" + cohort["image_id"] + ".png",
+        mask_path="masks/" + cohort["image_id"] + ".png",
+        group=cohort["patient_id"],
+        problem="",
+    )
     dials = {"difficulty": difficulty, "null": null, "class_probs": class_probs, "image_size": image_size}
     return records, {"patient_key": "simulated patients, known exactly", "ignored": {}, "phantom": dials}
 
 
 def list_adult_films(run_dir: Path | str, data: str = "") -> pd.DataFrame:
-    """List adult chest X-rays with captions, for a base model of a Guangzhou study: columns `path, sha256, caption`.
+    """List adult chest X-rays with captions, for a base model of a Guangzhou study: columns `path, sha256,
+    caption`.
 
-    COVID radiography (its COVID and Normal folders, less every image that is a copy of a Guangzhou image by perceptual
-    hash) and the Montgomery and Shenzhen films. Writes nothing but the caches in `run_dir`.
+    COVID radiography (its COVID and Normal folders, less every image that is a copy of a Guangzhou image by
+    perceptual hash) and the Montgomery and Shenzhen films. Writes nothing but the caches in `run_dir`.
     """
     run_dir = Path(run_dir)
     covid, _ = read_covid(run_dir, data, [])
     theirs, _ = read_guangzhou(run_dir, data, [])
     covid = covid[covid["label"].isin(["covid", "normal"]) & ~covid["patient_id"].isin(theirs["patient_id"])]
     lungs, _ = read_lungs(run_dir, data, [])
-    words = {"covid": "frontal film of an adult chest, hazy shadows, archive one",
-             "normal": "frontal film of an adult chest, unremarkable, archive one"}
-    films = pd.concat([covid.assign(caption=covid["label"].map(words)),
-                       lungs.assign(caption=lungs["label"].map({
-                           "normal": "frontal film of an adult chest, unremarkable, archive two",
-                           "tuberculosis": "frontal film of an adult chest, scars and cavities, archive two"}))])
+    words = {
+        "covid": "frontal film of an adult chest, hazy shadows, archive one",
+        "normal": "frontal film of an adult chest, unremarkable, archive one",
+    }
+    films = pd.concat(
+        [
+            covid.assign(caption=covid["label"].map(words)),
+            lungs.assign(
+                caption=lungs["label"].map(
+                    {
+                        "normal": "frontal film of an adult chest, unremarkable, archive two",
+                        "tuberculosis": "frontal film of an adult chest, scars and cavities, archive two",
+                    }
+                )
+            ),
+        ]
+    )
     films = films[films["problem"] == ""].reset_index(drop=True)
     usable, _ = _inspect(films, run_dir)
     return usable[["path", "sha256", "caption"]].drop_duplicates("sha256").reset_index(drop=True)
@@ -499,6 +722,11 @@ def _save_png(item: tuple[Path, np.ndarray]) -> None:
 
 
 READERS = {
-    "phantom": render_phantom, "guangzhou": read_guangzhou, "covid-radiography": read_covid, "lungs": read_lungs,
-    "lymphoma": read_lymphoma, "folder": read_folder, "manifest": read_table,
-}  # fmt: skip
+    "phantom": render_phantom,
+    "guangzhou": read_guangzhou,
+    "covid-radiography": read_covid,
+    "lungs": read_lungs,
+    "lymphoma": read_lymphoma,
+    "folder": read_folder,
+    "manifest": read_table,
+}

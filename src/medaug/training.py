@@ -186,7 +186,7 @@ def fit_temperature(probs: np.ndarray, labels: np.ndarray) -> float:
     Dividing the logits by it changes no decision, only the confidence (Guo et al. 2017, section 4.2).
     """
     logits = torch.from_numpy(np.log(np.clip(probs.astype(np.float64), 1e-12, None)))
-    target = torch.from_numpy(np.asarray(labels))
+    target = torch.tensor(np.asarray(labels))
 
     def log_loss(log_temperature: float) -> float:
         return float(F.cross_entropy(logits / np.exp(log_temperature), target))
