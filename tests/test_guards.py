@@ -304,7 +304,8 @@ SOUND_PROSE = """---
 title: "7 · What may be claimed?"
 version: 1.25
 ---
-A 95 % interval, 2,000 replicates, 3 classes, about 25 s, torch `2.14`, row `4.12` (claims 4.12, 4.13 and 0.25); $p = 0.05$, [a link](x/0.123),
+A 95 % interval, 2,000 replicates, 3 classes, about 25 s, torch `2.14`, row `4.12`,
+claims 4.12, 4.13 and 0.25; $p = 0.05$, [a link](x/0.123),
 arXiv 1911.03347, [@pink2026, p. 0.12], {{< fragment answer >}} and 1.5 times.
 ```python
 x = 0.375
