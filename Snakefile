@@ -46,6 +46,8 @@ PRODUCTS = {
 READS = {
     "07-verdict": ["data/claims.csv"],
 }
+# The longest chain goes first: 04 and 06 need one core each and fit beside 05.
+PRIORITY = {"00-foundations": 4, "02-sd-lora": 3, "03-generation": 2, "05-baselines": 1}
 VERDICT = "07-verdict"
 ON_GPU = {name for name in STORY if name not in ("01-data-audit", VERDICT)}
 
@@ -127,6 +129,7 @@ for name in STORY:
         params:
             # as text, one for each parameter: `snakemake -n` then says which one has changed, and from what
             *[f"{key} = {value!r}" for key, value in sorted(parameters.items())],
+        priority: PRIORITY.get(name, 0)
         threads: parameters.get("threads", 1)
         resources:
             runtime=max(10, int(4 * ESTIMATE[name]["minutes"])),

@@ -40,8 +40,8 @@ def test_small_networks_return_logits(name):
     assert model(torch.zeros(2, 1, 64, 64)).shape == (2, 3)
 
 
-def test_small_cnn_has_98_thousand_parameters():
-    assert classifiers.count_parameters(build_classifier("small-cnn", 3, in_chans=1)) == (98_035, 98_035)
+def test_small_cnn_has_95_thousand_parameters():
+    assert classifiers.count_parameters(build_classifier("small-cnn", 3, in_chans=1)) == (95_427, 95_427)
 
 
 def test_an_unknown_name_and_a_wrong_channel_count_are_errors():
@@ -56,8 +56,8 @@ def test_weights_file_is_loaded_but_for_a_last_layer_of_another_size(tmp_path):
     halves = {k: v.half() if v.is_floating_point() else v for k, v in source.state_dict().items()}
     save_file(halves, tmp_path / "w.safetensors")
     model = build_classifier("small-cnn", 3, str(tmp_path / "w.safetensors"), in_chans=1)
-    assert model[0].weight.dtype == torch.float32
-    assert torch.equal(model[0].weight, source[0].weight.half().float())
+    assert model[1].weight.dtype == torch.float32
+    assert torch.equal(model[1].weight, source[1].weight.half().float())
     assert model[-1].out_features == 3
     same = build_classifier("small-cnn", 10, str(tmp_path / "w.safetensors"), in_chans=1)
     assert torch.equal(same[-1].weight, source[-1].weight.half().float())
@@ -67,11 +67,11 @@ def test_weights_file_is_loaded_but_for_a_last_layer_of_another_size(tmp_path):
 def test_weights_that_do_not_fit_are_an_error(tmp_path, fault):
     state = build_classifier("small-cnn", 3, in_chans=1).state_dict()
     if fault == "missing":
-        del state["0.weight"]
+        del state["1.weight"]
     elif fault == "extra":
         state["99.weight"] = torch.zeros(1)
     else:
-        state["0.weight"] = torch.zeros(16, 3, 5, 5)
+        state["1.weight"] = torch.zeros(32, 3, 8, 8)
     save_file(state, tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match="w.safetensors does not fit Sequential: 1 tensor"):
         build_classifier("small-cnn", 3, str(tmp_path / "w.safetensors"), in_chans=1)

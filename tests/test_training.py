@@ -62,7 +62,7 @@ def test_equal_seeds_give_equal_weights_and_other_seeds_do_not():
     one, two = train_small()[0], train_small()[0]
     other = train_small(plan=TrainingPlan(**{**PLAN.__dict__, "seed": 1}))[0]
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-    assert not torch.equal(one[0].weight, other[0].weight)
+    assert not torch.equal(one[1].weight, other[1].weight)
 
 
 @pytest.mark.parametrize("name", ["cnn2", "cnn5", "mobilenetv2"])

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from safetensors.torch import load_file
+from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
 
 from medaug.paths import resolve_model
@@ -93,15 +94,17 @@ def build_cnn5(num_classes: int, in_chans: int = 1, image_size: int = 64) -> nn.
 
 
 def build_small_cnn(num_classes: int, in_chans: int = 1, image_size: int = 64) -> nn.Sequential:
-    """Return the embedded study's network: four strided convolutions with batch norm, an average, one layer.
+    """Return the embedded study's network, made for 64 px on one core (95,000 parameters; any `image_size`).
 
-    94,000 parameters; works at any `image_size`, made for 64 px on one core.
+    Each image is standardised (exposure and contrast say nothing of disease), then three strided convolutions
+    with batch norm. Mean *and* maximum are pooled: a lobar finding is local, an interstitial one is everywhere.
     """
-    layers = []
-    for before, after, kernel, stride in ((in_chans, 16, 5, 2), (16, 32, 3, 2), (32, 64, 3, 2), (64, 128, 3, 2)):
-        layers += [nn.Conv2d(before, after, kernel, stride, padding=kernel // 2, bias=False),
-                   nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, num_classes))
+    layers: list[nn.Module] = [nn.InstanceNorm2d(in_chans)]
+    for before, after, kernel, stride, padding in ((in_chans, 32, 8, 4, 2), (32, 64, 3, 2, 1), (64, 128, 3, 2, 1)):
+        layers += [nn.Conv2d(before, after, kernel, stride, padding, bias=False), nn.BatchNorm2d(after),
+                   nn.ReLU(inplace=True)]
+    pool = SelectAdaptivePool2d(pool_type="catavgmax", flatten=True)  # (N, 128, h, w) -> (N, 256)
+    return nn.Sequential(*layers, pool, nn.Linear(256, num_classes))
 
 
 SMALL: dict[str, Callable[..., nn.Module]] = {

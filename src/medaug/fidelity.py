@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 from torch import nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, normalize
 from torchvision.models import mobilenet_v2
 from transformers import AutoImageProcessor, AutoModel, CLIPModel
 
@@ -58,7 +58,8 @@ def load_encoder(name: str, model_id: str = "", device: str = "cpu") -> Encoder:
 def embed_images(encoder: Encoder, images_u8: np.ndarray, batch_size: int = 128) -> np.ndarray:
     """Return one feature vector per image, (N, D) float64, of grey (N, H, W) or RGB (N, H, W, 3) uint8 images.
 
-    CLIP gives its projected embedding, MobileNetV2 its 1,280 pooled features, other models their pooled output.
+    CLIP gives its projected embedding, which is trained by its direction alone and so is brought to length sqrt(D);
+    MobileNetV2 its 1,280 pooled features; other models their pooled output.
     """
     device = next(encoder.model.parameters()).device
     mean = torch.tensor(encoder.mean, device=device)[:, None, None]
@@ -75,18 +76,19 @@ def embed_images(encoder: Encoder, images_u8: np.ndarray, batch_size: int = 128)
 
 def _forward(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
     if isinstance(model, CLIPModel):
-        return model.get_image_features(pixel_values=pixel_values).pooler_output
+        embedding = model.get_image_features(pixel_values=pixel_values).pooler_output  # (B, D)
+        return normalize(embedding) * embedding.shape[1] ** 0.5
     if hasattr(model, "features"):  # torchvision: the mean over the last feature map, (B, 1280, h, w) -> (B, 1280)
         return model.features(pixel_values).mean(dim=(2, 3))
     return model(pixel_values=pixel_values).pooler_output
 
 
 def embed_pixels(images_u8: np.ndarray, side: int = 32) -> np.ndarray:
-    """Return each image as its `side` x `side` pixels in 0-1 less their mean, (N, D): brightness alone hides no copy."""
+    """Return each image as `side` x `side` grey pixels with mean 0 and length 1, (N, D): no copy hides behind contrast."""
     image_01 = torch.from_numpy(np.array(images_u8)).float() / 255
     image_01 = image_01.mean(-1) if image_01.ndim == 4 else image_01  # RGB -> grey
-    small = interpolate(image_01[:, None], (side, side), mode="area").flatten(1).double().numpy()
-    return small - small.mean(1, keepdims=True)
+    small = interpolate(image_01[:, None], (side, side), mode="area").flatten(1).double()
+    return normalize(small - small.mean(1, keepdim=True)).numpy()
 
 
 def compute_fid(real: np.ndarray, synthetic: np.ndarray) -> float:
@@ -157,6 +159,19 @@ def find_nearest(queries: np.ndarray, train: np.ndarray) -> tuple[np.ndarray, np
     squared = _squared_distances(queries, train)
     nearest = squared.argmin(1)
     return np.sqrt(squared[np.arange(len(queries)), nearest]), nearest
+
+
+def find_copies(queries: np.ndarray, train: np.ndarray, neighbours: int = 50) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each query (N, D) its distance to the nearest training image over that to the `neighbours` after it.
+
+    Near 0: a copy; near 1: one image among many. And that image's row in `train`. The plain distance misleads, since a
+    blurred image lies close to everything (Carlini et al. 2023, section 4.2, for the ratio).
+    """
+    squared = _squared_distances(queries, train)
+    count = min(neighbours + 1, len(train))
+    nearest = np.argpartition(squared, count - 1, axis=1)[:, :count]
+    distances = np.sort(np.sqrt(np.take_along_axis(squared, nearest, 1)), axis=1)
+    return distances[:, 0] / distances[:, 1:].mean(1), squared.argmin(1)
 
 
 def compute_memorisation(synthetic: np.ndarray, train: np.ndarray, held_out: np.ndarray) -> dict[str, float]:
