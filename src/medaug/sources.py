@@ -633,7 +633,7 @@ def render_phantom(
     `n_patients` gives the patients per split (train, val, test, oracle), each a cohort of its own;
     `class_probs`, `difficulty` and `null` are the phantom's dials (see `medaug.phantom`).
     """
-    counts = n_patients or {"train": 400, "val": 160, "test": 480, "oracle": 480}
+    counts = n_patients or {"train": 240, "val": 160, "test": 480, "oracle": 320}
     unknown = set(counts) - set(SPLITS)
     if unknown:
         raise ValueError(
