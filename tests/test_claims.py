@@ -186,3 +186,30 @@ def test_counts_come_from_the_audit():
     assert found.loc["0.04", "value"] == "15 images of 9 patients, by name"
     assert "+1.5 points" in found.loc["3.03", "value"] and found.loc["4.02", "verdict"] == "not testable here"
     assert found.loc["2.01", "verdict"] == "not testable here"
+
+
+def test_training_losses_and_missed_patients_come_from_the_tables():
+    history = pd.DataFrame(
+        [dict(model=m, seed=0, loss=loss, val_loss=v) for m, loss, v in (
+            ("clip-lora-in-batch-index", 1.38, None), ("clip-lora", 0.5, None), ("clip-lora-contrastive", 0.7, None),
+            ("lora", 0.3, 0.30), ("lora", 0.2, 0.25))]
+    )  # fmt: skip
+    y_true, y_pred = ["normal", "viral", "viral", "bacterial"], ["normal", "normal", "viral", "bacterial"]
+    predictions = pd.DataFrame(dict(arm="real", model="mobilenetv2", split="test", seed=0, y_true=y_true, y_pred=y_pred))
+    runs = pd.DataFrame([dict(arm=a, model="mobilenetv2-frozen", split="test", fraction=1.0, macro_f1=f) for a, f in (
+        ("real", 0.7), ("real-downsampled", 0.72), ("real-weighted", 0.74), ("real-oversampled", 0.73))])  # fmt: skip
+    found = claims.evaluate_claims(
+        {"phantom": {"history.csv": history},
+         "guangzhou-local": {"predictions.parquet": predictions, "classification.csv": runs}}).set_index("id")  # fmt: skip
+    assert "as published 1.380, class prompts 0.500" in found.loc["0.19", "value"]
+    assert "0.300 to 0.250" in found.loc["2.16", "value"]
+    assert "1 to 1 of 3 ill test images" in found.loc["3.16", "value"]
+    assert "real-downsampled 0.720" in found.loc["3.02", "value"]
+    assert found.loc["0.27", "verdict"] == "not testable here"
+
+
+def test_clip_is_set_beside_the_network_of_the_same_study():
+    runs = pd.DataFrame([dict(arm="real", model=m, split="test", macro_f1=f) for m, f in (("clip-lora", 0.5), ("small-cnn", 0.75))])
+    found = claims.evaluate_claims({"phantom": {"classification.csv": runs}}).set_index("id")
+    assert found.loc["0.27", "evidence"] == "phantom/04-clip-lora"
+    assert "clip-lora 0.500 (1 seeds), small-cnn 0.750" in found.loc["0.27", "value"]

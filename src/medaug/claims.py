@@ -565,6 +565,86 @@ def _validation_beside_test(claim, published, studies):
     )
 
 
+def _rows(studies: Studies, study: str, table: str, **wanted) -> pd.DataFrame:
+    """Return the rows of a study's table that have the `wanted` values (no rows where there is no such table)."""
+    used = ["arm", "model", "split", "seed", "loss", "val_loss", "macro_f1", "y_true", "y_pred"]
+    rows = studies.get(study, {}).get(table, pd.DataFrame(columns=used)).reindex(columns=used)
+    for column, value in wanted.items():
+        rows = rows[rows[column] == value]
+    return rows
+
+
+@settles("0.19")
+def _in_batch_labels(claim, published, studies):
+    losses = {
+        name: _rows(studies, "phantom", "history.csv", model=model).groupby("seed")["loss"].last().mean()
+        for name, model in (
+            ("as published", "clip-lora-in-batch-index"),
+            ("class prompts", "clip-lora"),
+            ("symmetric contrastive", "clip-lora-contrastive"),
+        )
+    }
+    if any(math.isnan(loss) for loss in losses.values()):
+        return None
+    listed = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+    return Finding(
+        "corrected",
+        "phantom/04-clip-lora",
+        f"labels that number the batch's own captions teach nothing: the loss ends near ln 4 = "
+        f"{math.log(4):.3f}. Last training losses: {listed}",
+    )
+
+
+@settles("0.27")
+def _clip_beside_cnn(claim, published, studies):
+    for study, network in (("guangzhou-local", "mobilenetv2"), ("phantom", "small-cnn")):
+        runs = {m: _rows(studies, study, "classification.csv", arm="real", model=m, split="test")
+                for m in ("clip-lora", network)}  # fmt: skip
+        if not any(rows.empty for rows in runs.values()):
+            listed = ", ".join(f"{model} {rows['macro_f1'].mean():.3f} ({len(rows)} seeds)" for model, rows in runs.items())
+            return Finding("answered", f"{study}/04-clip-lora", f"macro F1 on the same test patients: {listed}")
+    return None
+
+
+@settles("2.16")
+def _predicts_noise(claim, published, studies):
+    rows = _rows(studies, "phantom", "history.csv", model="lora").dropna(subset=["val_loss"])
+    if rows.empty:
+        return None
+    first, last = rows["val_loss"].iloc[[0, -1]]
+    return Finding(
+        "answered",
+        "phantom/02-sd-lora",
+        f"yes, at a noise level drawn for each image; on fixed noise the loss goes from {first:.3f} to {last:.3f}",
+    )
+
+
+@settles("3.02")
+def _balancing(claim, published, studies):
+    runs = _rows(studies, "guangzhou-local", "classification.csv", model="mobilenetv2-frozen", split="test")
+    means = runs.groupby("arm")["macro_f1"].mean()
+    ways = ["real", "real-downsampled", "real-weighted", "real-oversampled"]
+    if not set(ways) <= set(means.index):
+        return None
+    listed = ", ".join(f"{way} {means[way]:.3f}" for way in ways)
+    return Finding("answered", "guangzhou-local/05-baselines", f"macro F1 of the frozen MobileNetV2: {listed}")
+
+
+@settles("3.16")
+def _ill_called_normal(claim, published, studies):
+    rows = _rows(studies, "guangzhou-local", "predictions.parquet", arm="real", model="mobilenetv2", split="test")
+    if rows.empty:
+        return None
+    missed = rows[(rows["y_true"] != "normal") & (rows["y_pred"] == "normal")].groupby("seed").size()
+    missed = missed.reindex(rows["seed"].unique(), fill_value=0)
+    ill = (rows["y_true"] != "normal").sum() // rows["seed"].nunique()
+    return Finding(
+        "answered",
+        "guangzhou-local/05-baselines",
+        f"MobileNetV2 calls {missed.min()} to {missed.max()} of {ill} ill test images normal ({len(missed)} seeds)",
+    )
+
+
 # -- faults re-enacted --------------------------------------------------------------------------------------
 
 
