@@ -158,6 +158,8 @@ def _hash_file(file: Path) -> tuple[str, str]:
         return hash_file(file), ""
     except OSError as error:
         return "", f"cannot be read ({error.strerror})"
+    except ValueError as error:  # a name that no file can have
+        return "", f"cannot be read ({error})"
 
 
 def _measure(file: Path) -> dict:
