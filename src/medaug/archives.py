@@ -153,7 +153,8 @@ def fetch_dataset(handle: str) -> Path:
     Only called where a study names one. kagglehub keeps what it has fetched and asks for an account where the
     data set needs one. Raises RuntimeError that says what to do instead.
     """
-    instead = f"or download https://www.kaggle.com/datasets/{handle} yourself and give the folder (data)"
+    page = "https://www.kaggle.com/datasets/" + handle.partition("/versions/")[0]
+    instead = f"or download {page} yourself and give the folder (data)"
     if os.environ.get("HF_HUB_OFFLINE") == "1":
         raise RuntimeError(
             f"'{handle}' is not fetched, this run is offline: set `online: true` in the study, {instead}"
@@ -167,7 +168,7 @@ def fetch_dataset(handle: str) -> Path:
     try:
         return Path(kagglehub.dataset_download(handle))
     except Exception as error:  # of requests, of kagglehub, of its unpacking: all mean that there are no data
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise RuntimeError(
             f"'{handle}' could not be fetched ({reason}): check the name and the network, {instead}"
         ) from None
