@@ -202,12 +202,7 @@ def _unpack(file: Path, prefix: str, workspace: Path, listing: Listing) -> None:
 
 def _list_table(file: Path) -> pd.DataFrame:
     """Read a manifest; missing files become failures later, like any that cannot be read."""
-    try:
-        records, _ = sources.read_table(Path(), str(file), [])
-    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError, OSError) as error:
-        raise ValueError(
-            f"{file} is not a table that can be read ({error}): write it as UTF-8 CSV or parquet"
-        ) from None
+    records, _ = sources.read_table(Path(), str(file), [])
     names = [os.path.relpath(path, file.parent) for path in records["path"]]
     return records.assign(name=names, file=[Path(path) for path in records["path"]])[COLUMNS]
 

@@ -23,8 +23,6 @@ from medaug.dicom import is_dicom, name_patients
 from medaug.fingerprints import compute_phash, find_near_pairs, group_pairs, inspect_files, stack_thumbnails
 from medaug.images import hash_file, map_files
 from medaug.paths import find_source
-from medaug.phantom import chest
-from medaug.phantom.cohort import draw_cohort
 from medaug.runtime import progress, replace_when_done, save_json
 
 COLUMNS = [
@@ -686,11 +684,17 @@ def read_table(run_dir: Path, data: str, classes: list[str], seed: int = 0) -> t
     file = _given_path("manifest", data)
     if file.is_dir() or file.suffix.lower() not in (".csv", ".parquet"):
         raise ValueError(f"{file} is neither a CSV nor a parquet file: give one, or use source 'folder'")
-    given = (
-        pd.read_parquet(file)
-        if file.suffix == ".parquet"
-        else pd.read_csv(file, dtype=str, keep_default_na=False)
-    )
+    try:
+        given = (
+            pd.read_parquet(file)
+            if file.suffix.lower() == ".parquet"
+            else pd.read_csv(file, dtype=str, keep_default_na=False)
+        )
+    except (ValueError, OSError) as error:  # pandas' and pyarrow's own errors are among them
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{file} is not a table that can be read ({reason}): write UTF-8 CSV or parquet"
+        ) from None
     lacking = [column for column in ("path", "label") if column not in given]
     if lacking or given.empty:
         raise ValueError(
@@ -739,6 +743,9 @@ def render_phantom(
     `n_patients` gives the patients per split (train, val, test, oracle), each a cohort of its own;
     `class_probs`, `difficulty` and `null` are the phantom's dials (see `medaug.phantom`).
     """
+    from medaug.phantom import chest  # with torch, which no other source needs
+    from medaug.phantom.cohort import draw_cohort
+
     counts = n_patients or {"train": 400, "val": 160, "test": 480, "oracle": 480}
     unknown = set(counts) - set(SPLITS)
     if unknown:
