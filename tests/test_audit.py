@@ -50,7 +50,7 @@ def test_measures_are_taken_once_per_content_and_faults_have_a_reason(tmp_path, 
     first = fingerprints.inspect_files(files, tmp_path / "cache")
     assert first["problem"].tolist()[:4] == [""] * 4 and first["problem"].tolist()[5] == ""
     assert (
-        first["problem"][4] == "not an image that Pillow can read" and "cannot be read" in first["problem"][6]
+        first["problem"][4] == "not an image: the file is empty" and "cannot be read" in first["problem"][6]
     )
     assert first["pixel_sha256"][0] == first["pixel_sha256"][3] and first["pixel_sha256"].nunique() == 4
     assert first.loc[5, ["width", "height", "bit_depth"]].tolist() == [40, 20, 16]

@@ -23,6 +23,13 @@ ALLOWED = {
     ("claims", "faults"): "a claim about a mistake is settled by re-enacting the mistake",
     ("claims", "guards"): "a claim about a mistake is settled by seeing its guard catch it",
     ("claims", "statistics"): "a claim's figure is computed by the function that the tables are computed with",
+    ("folder_audit", "archives"): "what a zip holds is audited like a folder",
+    ("folder_audit", "audit"): "one definition of a copy and of a shortcut, in the notebook and on the command line",
+    ("folder_audit", "dicom"): "patients of DICOM files are named in their headers",
+    ("folder_audit", "fingerprints"): "files are hashed and measured as they are for a study",
+    ("folder_audit", "images"): "a file is an image if the decoder of everything else can read it",
+    ("folder_audit", "sources"): "a table is read as it is for a study",
+    ("images", "dicom"): "a DICOM file is an image like any other to whoever loads it",
     ("fingerprints", "images"): "near duplicates are judged on pixels as decoded for everything else",
     ("foundations", "phantom"): "the shipped weights are trained on simulated films",
     ("generation", "diffusion"): "a generator is the pipeline that diffusion has tuned, and halves batches in the same way",
@@ -34,6 +41,8 @@ ALLOWED = {
     ("results", "wording"): "one rule puts a verdict into words on every page",
     ("wording", "plots"): "an arm has one colour in figures and in text",
     ("site", "markdown"): "the built-in renderer of pages is one part of the built-in site",
+    ("sources", "archives"): "a zip or a MedMNIST file becomes a folder first",
+    ("sources", "dicom"): "patients of DICOM files are named in their headers",
     ("sources", "fingerprints"): "where no patients are named, near-duplicate groups stand in for them",
     ("sources", "images"): "each file is decoded once, by the function that all else uses",
     ("sources", "phantom"): "the simulator is one of the sources",
@@ -42,7 +51,7 @@ ALLOWED = {
     ("engine", "tables"): "publishing copies the tables of the contract",
     ("engine", "report"): "publishing writes the published copy of the report's text",
     **{("cli", name): "the command line is where everything meets" for name in
-       ("engine", "report", "site", "studies", "tables")},
+       ("engine", "folder_audit", "report", "site", "studies", "tables")},
 }  # fmt: skip
 
 

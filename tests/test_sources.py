@@ -294,7 +294,7 @@ def test_damaged_files_are_left_out_and_named(tmp_path):
     assert {entry["image_id"] for entry in card["left_out"]} == names and all(
         entry["reason"] for entry in card["left_out"]
     )
-    assert card["ignored"] == {".txt": 1} and len(manifest) == 40
+    assert card["ignored"] == {".txt": 1, "a link to a folder": 1} and len(manifest) == 40
 
 
 # ---------------------------------------------------------------- one line each

@@ -16,8 +16,32 @@ EPILOG = """examples:
   medaug run phantom -- --until 02-sd-lora
                                      everything after -- goes to Snakemake (snakemake --help)
   medaug publish phantom             copy a run's tables to data/results/
+  medaug audit /my/images            only the audit, of any folder; medaug audit --help
 
 medaug is research software and no diagnostic device."""
+
+AUDIT = """PATH is
+  a folder of class folders          cats/1.png dogs/2.png, also below train/, val/ and test/
+  a flat folder, or one image        everything but the search for shortcuts
+  a zip, or a folder with zips       unpacked to a temporary folder, safely
+  a table (.csv, .parquet)           columns path and label; patient_id and split if known
+  a MedMNIST file (.npz)             its images and labels
+PNG, JPEG, TIFF, BMP, WebP, GIF and DICOM are read. Every file is accounted for: found = images + failed + others.
+
+what it looks for:
+  files that cannot be read, each with its reason; files that are not what their name says
+  copies, within and across classes and splits: identical files, identical pictures, near duplicates
+  shortcuts: can the class be told from file size and format, brightness, border, or a thumbnail?
+  overlap with another set (--against), also where its copies were resized or compressed again
+
+examples:
+  medaug audit films/
+  medaug audit films/ --html audit.html --json audit.json
+  medaug audit mine/ --against public/chest_xray     is my test set in their training set?
+  medaug audit films/ --patients '^(P[0-9]+)_'       P017_2.png is an image of patient P017
+
+Nothing is changed and nothing leaves the machine. Measures of each file are kept in --cache, so a second
+look takes seconds. The page has no pictures unless you ask for them with --pictures."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,6 +81,18 @@ def build_parser() -> argparse.ArgumentParser:
             word.add_argument("--cores", default="", help="CPU cores to use, or 'all' (on this machine: 2 by default)")
             word.add_argument("--profile", default="local", help="local, slurm, kubernetes, or a profile's folder")
             word.add_argument("snakemake", nargs="*", help="more arguments for Snakemake, after --")
+    word = add("audit", audit, "Audit a folder of images: damaged files, copies, shortcuts, overlap.", study=False)
+    word.epilog, word.formatter_class = AUDIT, argparse.RawDescriptionHelpFormatter
+    word.add_argument("path", type=Path, metavar="PATH", help="what to audit (see below)")
+    word.add_argument("--against", default="", metavar="PATH", help="another set: which of the images are in it too?")
+    word.add_argument("--json", type=Path, metavar="FILE", help="write everything that was found")
+    word.add_argument("--html", type=Path, metavar="FILE", help="write one page that needs no other file")
+    word.add_argument("--pictures", action="store_true", help="show small pictures of the pairs on that page")
+    word.add_argument("--patients", default="", metavar="REGEX",
+                      help="its first group, in a file's name, is the patient (DICOM: taken from the header)")
+    word.add_argument("--cache", type=Path, default=paths.RUNS / "audit", metavar="FOLDER",
+                      help="where measures are kept (default: runs/audit)")
+    word.add_argument("--strict", action="store_true", help="exit with 1 where there is a warning")
     word = add("execute", execute, "Run one notebook of a study now, whatever Snakemake thinks of it.")
     word.add_argument("notebook", help="for example 01-data-audit")
     word.add_argument("--output", type=Path, help="put a second copy here (for an object store)")
@@ -101,6 +137,29 @@ def run(given: argparse.Namespace) -> int:
     cores = given.cores or ("2" if here else "")
     options = ["--profile", str(folder), *(["--cores", cores] if cores else [])]
     return engine.run_snakemake(given.study, given.data, options, given.snakemake, quiet=here)
+
+
+def audit(given: argparse.Namespace) -> int:
+    import warnings
+
+    from medaug import folder_audit
+
+    warnings.simplefilter("ignore")  # of decoders, about files: the audit names each file and says what is wrong
+    for target in filter(None, (given.json, given.html)):
+        if not target.absolute().parent.is_dir():
+            raise FileNotFoundError(f"cannot write {target}: there is no folder {target.absolute().parent}")
+    try:
+        report = folder_audit.audit_path(given.path, given.against, given.cache, given.patients, pictures=given.pictures)
+    except ValueError as error:
+        raise RuntimeError(error) from None
+    print(folder_audit.format_summary(report))
+    if given.json:
+        folder_audit.save_report(report, given.json)
+    if given.html:
+        given.html.write_text(folder_audit.render_page(report), encoding="utf-8")
+    written = " and ".join(str(target) for target in (given.json, given.html) if target)
+    print(f"\nwritten: {written}" if written else "")
+    return int(given.strict and any(row["status"] == "warning" for row in report["findings"]))
 
 
 def execute(given: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 same picture.
 """
 
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +12,17 @@ from scipy.fft import dctn
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from medaug.images import hash_bytes, map_files, open_image
+from medaug.images import describe_image, hash_bytes, hash_file, map_files, open_image
 from medaug.runtime import replace_when_done
 
-VERSION = 1  # raise it when a measure changes: the kept measures are then taken anew
+VERSION = 2  # raise it when a measure changes: the kept measures are then taken anew
 THUMBNAIL = 32
+PAIRS_AT_ONCE = 32768  # 256 MB of thumbnails
 SIDES = ("top", "right", "bottom", "left")
 CORNERS = ("top_left", "top_right", "bottom_right", "bottom_left")
 BORDER_FEATURES = [f"border_{side}_{measure}" for side in SIDES for measure in ("mean", "std")]
 BORDER_FEATURES += [f"corner_{corner}_mean" for corner in CORNERS]
 SIZE_FEATURES = ["width", "height", "aspect", "bit_depth", "channels"]
-BIT_DEPTHS = {"1": 1, "I;16": 16, "I;16B": 16, "I;16L": 16, "I": 32, "F": 32}
 
 
 def inspect_files(files: list[Path], cache: Path | str | None = None) -> pd.DataFrame:
@@ -53,25 +54,23 @@ def inspect_files(files: list[Path], cache: Path | str | None = None) -> pd.Data
 
 
 def measure_file(file: Path) -> dict:
-    """Decode one image file and return its measures: size (px), bit depth and channels as stored, grey levels
-    (0-255) of the whole and of the outer sixteenth (four sides, four corners), a hash of its pixels and a
+    """Decode one image file and return its measures: size (px); format, mode, channels, bit depth and frames as
+    stored; grey levels (0-255) of the whole and of the outer sixteenth (four sides, four corners), a hash of its pixels and a
     squashed 32 x 32 thumbnail.
 
     The pixel hash is of the upright 8-bit grey image and its size, so two files that decode alike share it.
     Raises ValueError with the reason.
     """
-    with Image.open(file) as stored:
-        mode, channels = stored.mode, len(stored.getbands())
-    image = open_image(file, "L")
+    image = open_image(
+        file, "L"
+    )  # before the description: it gives the reason where there is nothing to describe
     image_u8 = np.asarray(image)
     height, width = image_u8.shape
     measures = {
         "width": width,
         "height": height,
         "aspect": width / height,
-        "mode": mode,
-        "channels": channels,
-        "bit_depth": BIT_DEPTHS.get(mode, 8),
+        **describe_image(file),
         "bytes": file.stat().st_size,
         "pixel_sha256": hash_bytes(f"{width}x{height}:".encode() + image_u8.tobytes()),
         "mean": float(image_u8.mean()),
@@ -125,7 +124,7 @@ def find_near_pairs(
         first, second = np.nonzero(distance <= max_distance)
         if not against:
             first, second = first[first + start < second], second[first + start < second]
-        correlation = np.einsum("np,np->n", unit[first + start], other_unit[second])
+        correlation = _correlate(unit, first + start, other_unit, second)
         found.append(
             pd.DataFrame(
                 {
@@ -149,22 +148,25 @@ def group_pairs(count: int, first: np.ndarray, second: np.ndarray) -> np.ndarray
 
 
 def _hash_file(file: Path) -> tuple[str, str]:
+    """Return a file's SHA-256 and "", or "" and why it cannot be read. Opens nothing that could wait for ever."""
     try:
-        return hash_bytes(file.read_bytes()), ""
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode):
+            return "", "not a file (a folder, pipe or device)"
+        if not found.st_size:
+            return "", "not an image: the file is empty"
+        return hash_file(file), ""
     except OSError as error:
         return "", f"cannot be read ({error.strerror})"
+    except ValueError as error:  # a name that no file can have
+        return "", f"cannot be read ({error})"
 
 
 def _measure(file: Path) -> dict:
     try:
         return {"problem": ""} | measure_file(file)
     except (OSError, ValueError) as error:
-        reason = (
-            "not an image that Pillow can read"
-            if isinstance(error, Image.UnidentifiedImageError)
-            else str(error)
-        )
-        return {"problem": reason, "thumbnail": b""}
+        return {"problem": str(error), "thumbnail": b""}
 
 
 def _measure_border(image_u8: np.ndarray) -> dict[str, float]:
@@ -178,6 +180,18 @@ def _measure_border(image_u8: np.ndarray) -> dict[str, float]:
     return measures | {
         f"corner_{name}_mean": float(c.mean()) for name, c in zip(CORNERS, corners, strict=True)
     }
+
+
+def _correlate(unit: np.ndarray, first: np.ndarray, other_unit: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return the product of rows `first` and `second`, (P,); in parts, as many blank pictures are many pairs."""
+    parts = range(0, len(first), PAIRS_AT_ONCE)
+    products = [
+        np.einsum(
+            "np,np->n", unit[first[at : at + PAIRS_AT_ONCE]], other_unit[second[at : at + PAIRS_AT_ONCE]]
+        )
+        for at in parts
+    ]
+    return np.concatenate([np.zeros(0, np.float32), *products])
 
 
 def _standardise(thumbnails_u8: np.ndarray) -> np.ndarray:

@@ -12,11 +12,17 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 
+from medaug.dicom import describe_dicom, is_dicom, open_dicom
 from medaug.runtime import progress, replace_when_done
 
 DECODER = 1  # raise it when decoding or resizing changes what comes out: old cache files are then left alone
 BIT_DEPTHS = (8, 10, 12, 14, 16)
 IMAGE_MODES = {"L": (), "RGB": (3,)}
+STORED_BITS = {"1": 1, "I;16": 16, "I;16B": 16, "I;16L": 16, "I": 32, "F": 32}
+# What images are kept in. Pillow knows more, among them formats that start other programs (EPS).
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM", "JPEG2000")
+# `open_image` compares sizes itself: a filter set for one call would not hold in threads
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def load_images(
@@ -57,27 +63,53 @@ def open_image(source: Path | str | bytes, mode: str = "L", hint: int | None = N
     """Decode one image file (path or its bytes) to a PIL image of mode "L" or "RGB", upright, 8 bits a
     channel.
 
-    Handles EXIF rotation, palettes, alpha (laid over black), CMYK and 16 bits (scaled by the smallest usual
-    bit depth, 8 to 16, that holds the brightest pixel). `hint` lets a JPEG be decoded at a reduced scale not
-    below 2 x `hint` pixels. Raises ValueError with the reason, without the name of the file.
+    Handles EXIF rotation, palettes, alpha (laid over black), CMYK, 16 bits (scaled by the smallest usual
+    bit depth, 8 to 16, that holds the brightest pixel) and DICOM (`medaug.dicom`); of several frames the first.
+    `hint` lets a JPEG be decoded at a reduced scale not below 2 x `hint` pixels. Raises ValueError with the
+    reason, without the name of the file.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        if is_dicom(source):
+            return open_dicom(source).convert(mode)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from None
+    try:
+        with Image.open(
+            io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS
+        ) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError
             if hint and image.mode in ("L", "RGB"):
                 image.draft(image.mode, (2 * hint, 2 * hint))
             image.load()
-            image = ImageOps.exif_transpose(image)
-    except FileNotFoundError:
-        raise
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+            return _to_8_bits(ImageOps.exif_transpose(image), mode)
+    except Image.DecompressionBombError:
         raise ValueError(f"more than {Image.MAX_IMAGE_PIXELS // 10**6} million pixels") from None
     except Image.UnidentifiedImageError:
         raise ValueError("not an image that Pillow can read") from None
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
+    except MemoryError:
+        raise ValueError("too large for this machine's memory") from None
+    except Exception as error:  # decoders raise what the damaged bytes lead to
         raise ValueError(f"damaged image ({error})") from None
-    return _to_8_bits(image, mode)
+
+
+def describe_image(source: Path | str) -> dict:
+    """Return how an image file is stored: `format, mode, channels, bit_depth, frames`; nothing is decoded.
+
+    Raises ValueError or OSError as `open_image` does.
+    """
+    if is_dicom(source):
+        return describe_dicom(source)
+    with Image.open(source, formats=FORMATS) as stored:
+        return {
+            "format": stored.format,
+            "mode": stored.mode,
+            "channels": len(stored.getbands()),
+            "bit_depth": STORED_BITS.get(stored.mode, 8),
+            "frames": getattr(stored, "n_frames", 1),
+        }
 
 
 def resize_centre(image: Image.Image, size: int, resample: int = Image.Resampling.LANCZOS) -> Image.Image:
@@ -90,6 +122,12 @@ def resize_centre(image: Image.Image, size: int, resample: int = Image.Resamplin
 def hash_bytes(data: bytes) -> str:
     """Return the SHA-256 of `data` as 64 hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
+
+
+def hash_file(file: Path | str) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits, without reading it whole. Raises OSError."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def map_files(function: Callable, items: list, desc: str, unit: str = "file") -> list:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -17,11 +18,11 @@ import pandas as pd
 from PIL import Image
 from sklearn.model_selection import StratifiedGroupKFold
 
+from medaug.archives import unpack_medmnist, unpack_zip
+from medaug.dicom import is_dicom, name_patients
 from medaug.fingerprints import compute_phash, find_near_pairs, group_pairs, inspect_files, stack_thumbnails
-from medaug.images import map_files
+from medaug.images import hash_file, map_files
 from medaug.paths import find_source
-from medaug.phantom import chest
-from medaug.phantom.cohort import draw_cohort
 from medaug.runtime import progress, replace_when_done, save_json
 
 COLUMNS = [
@@ -38,7 +39,9 @@ COLUMNS = [
     "origin",
 ]
 SPLITS = ["train", "val", "test", "oracle"]
-SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
+UNPACKED = "unpacked"  # folder of a run that holds what a zip held
+STAND_IN = r"group-\d{5,}"  # a near-duplicate group in place of a patient
+SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".dcm", ".dicom"}
 GUANGZHOU_NAMES = [
     re.compile(r"(?P<number>person\d+)_(?P<finding>bacteria|virus)_\d+"),
     re.compile(r"(?P<finding>BACTERIA|VIRUS|NORMAL)-(?P<number>\d+)-\d+"),
@@ -79,12 +82,13 @@ def build_manifest(
     records, copies = _leave_out_copies_of_test(records)
     records = assign_splits(records, val_fraction, test_fraction, n_folds, seed)
     manifest = _finish(records)
+    left_out = notes.pop("left_out", []) + left_out + copies
     card = notes | {
         "source": source,
         "simulated": source == "phantom",
         "classes": order,
         "missing_classes": missing,
-        "left_out": left_out + copies,
+        "left_out": left_out,
         "n_images": len(manifest),
         "seed": seed,
         "n_folds": n_folds,
@@ -92,6 +96,14 @@ def build_manifest(
     }
     save_manifest(manifest, card, run_dir)
     return manifest
+
+
+def guess_source(path: Path | str) -> str:
+    """Return the source that reads `path`: a folder or zip of class folders, a MedMNIST .npz, or a table."""
+    path = Path(path).expanduser()
+    if path.suffix.lower() == ".npz":
+        return "medmnist"
+    return "folder" if path.is_dir() or path.suffix.lower() == ".zip" else "manifest"
 
 
 def save_manifest(manifest: pd.DataFrame, card: dict, run_dir: Path | str) -> None:
@@ -268,11 +280,21 @@ def _link_equal(keys: pd.Series) -> np.ndarray:
 
 
 def _leave_out_copies_of_test(records: pd.DataFrame) -> tuple[pd.DataFrame, list[dict]]:
-    """Where the source's own test set repeats a picture of the rest, keep it in the test set only."""
-    in_test = records["split"] == "test"
+    """Where the source's own splits share a picture, keep it on one side only: in test, else in val.
+
+    The same holds of near duplicates where their group stands in for the patient: no patient may be cut.
+    """
+    rank = records["split"].map({"test": 2, "val": 1}).fillna(0).astype(int)
+    in_test = rank == 2
     copy = ~in_test & records["pixel_sha256"].isin(records.loc[in_test, "pixel_sha256"])
-    listed = records.loc[copy, ["image_id"]].assign(reason="the same picture stands in the source's test set")
-    return records[~copy].reset_index(drop=True), listed.to_dict("records")
+    near = records["patient_id"].str.fullmatch(STAND_IN) & (
+        rank < rank.groupby(records["patient_id"]).transform("max")
+    )
+    reason = np.where(copy, "the same picture stands in the source's test set",
+                      "a near duplicate stands in the source's test or validation set")  # fmt: skip
+    gone = copy | near
+    listed = records.loc[gone, ["image_id"]].assign(reason=reason[gone])
+    return records[~gone].reset_index(drop=True), listed.to_dict("records")
 
 
 def _finish(records: pd.DataFrame) -> pd.DataFrame:
@@ -290,19 +312,45 @@ def _finish(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def _list_images(folder: Path, ignored: Counter) -> list[Path]:
-    """List image files under `folder`, sorted; count other files by suffix; skip hidden ones. Symbolic links
-    to folders are not followed, so a loop ends.
+    """List image files under `folder`, sorted; count in `ignored` what else is there; skip hidden files.
+
+    Symbolic links to folders are not followed, so a loop ends. A file without a suffix is an image if it is DICOM.
     """
     files = []
-    for where, folders, names in os.walk(folder):
+    for where, folders, names in os.walk(
+        folder, onerror=lambda _: ignored.update(["a folder that cannot be read"])
+    ):
+        ignored.update(
+            ["a link to a folder" for name in folders if os.path.islink(os.path.join(where, name))]
+        )
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         for name in sorted(names):
             path = Path(where) / name
-            if path.suffix.lower() in SUFFIXES and not name.startswith("."):
+            if name.startswith("."):
+                continue
+            if path.suffix.lower() in SUFFIXES or (
+                not path.suffix and path.is_file() and _begins_as_dicom(path)
+            ):
                 files.append(path)
-            elif not name.startswith("."):
+            else:
                 ignored[path.suffix.lower() or "no suffix"] += 1
     return files
+
+
+def _begins_as_dicom(path: Path) -> bool:
+    try:
+        return is_dicom(path)
+    except OSError:
+        return False
+
+
+def _read_headers(records: pd.DataFrame) -> pd.DataFrame:
+    """Fill patients that nobody has named from the headers of DICOM files (hashed; no tag is copied)."""
+    unnamed = (records["patient_id"] == "").to_numpy()
+    named = records["patient_id"].to_numpy().copy()
+    named[unnamed] = name_patients([Path(path) for path in records["path"][unnamed]])
+    group = np.where(records["group"] == "", named, records["group"])
+    return records.assign(patient_id=named, group=group)
 
 
 def _make_records(files: list[Path], base: Path, **columns) -> pd.DataFrame:
@@ -430,6 +478,8 @@ def read_covid(run_dir: Path, data: str, classes: list[str], seed: int = 0) -> t
     source is at hand) take their patients; the others get near-duplicate groups.
     """
     folder = _locate("covid-radiography", data)
+    if (folder / "COVID-19_Radiography_Dataset").is_dir():  # as its publisher packs it
+        folder = folder / "COVID-19_Radiography_Dataset"
     ignored, parts = Counter(), []
     for label, name in COVID_FOLDERS.items():
         files = _list_images(folder / name / "images", ignored)
@@ -539,12 +589,15 @@ def _read_slide(stem: str, label: str, block_size: int) -> str:
 def read_folder(
     run_dir: Path, data: str, classes: list[str], seed: int = 0, patient_pattern: str = ""
 ) -> tuple[pd.DataFrame, dict]:
-    """Read a plain folder with one sub-folder per class, or with train/val/test that hold them.
+    """Read a plain folder (or a zip) with one sub-folder per class, or with train/val/test that hold them.
 
     `patient_pattern` is a regular expression; its first group, searched in the file's name, is the patient.
-    Without it near-duplicate groups stand in.
+    Without it the headers of DICOM files name the patients (hashed), and for other files near-duplicate groups
+    stand in.
     """
-    folder, ignored = _given_path("folder", data), Counter()
+    folder, ignored, left_out = _given_path("folder", data), Counter(), []
+    if folder.suffix.lower() == ".zip" and folder.is_file():
+        folder, left_out = _unpack_once(folder, run_dir)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder} is not a folder: give one with one sub-folder per class, or use source 'manifest'"
@@ -554,7 +607,8 @@ def read_folder(
         raise FileNotFoundError(
             f"no images under {folder}: expected one sub-folder per class with PNG, JPEG or TIFF files"
         )
-    parts = [file.relative_to(folder).parts for file in files]
+    base = _skip_single_folders(folder, files)
+    parts = [file.relative_to(base).parts for file in files]
     has_splits = {part[0] for part in parts} <= {"train", "val", "test"}
     labels = [part[has_splits] if len(part) > 1 + has_splits else "" for part in parts]
     records = _make_records(
@@ -568,10 +622,58 @@ def read_folder(
         records.loc[found.isna(), "problem"] = (
             f"patient_pattern {patient_pattern!r} finds no patient in the name"
         )
-    return records, {
-        "patient_key": "patient_pattern in the file name" if patient_pattern else "",
-        "ignored": dict(ignored),
-    }
+        key = "patient_pattern in the file name"
+    else:
+        records = _read_headers(records)
+        key = _tell_headers(records)
+    return records, {"patient_key": key, "ignored": dict(ignored), "left_out": left_out}
+
+
+def _tell_headers(records: pd.DataFrame) -> str:
+    return (
+        "patient id in the DICOM header, hashed"
+        if records["patient_id"].str.startswith("dicom-").any()
+        else ""
+    )
+
+
+def _skip_single_folders(folder: Path, files: list[Path]) -> Path:
+    """Return the folder below which the names differ, for archives that hold one folder which holds the rest; a
+    folder whose own files are images, or that holds one class or split only, is kept as it is.
+    """
+    if folder.parent.name != UNPACKED:
+        return folder
+    while len(below := {file.relative_to(folder).parts[0] for file in files}) == 1 and all(
+        len(file.relative_to(folder).parts) > 2 for file in files
+    ):
+        folder = folder / below.pop()
+    return folder
+
+
+def _unpack_once(file: Path, run_dir: Path) -> tuple[Path, list[dict]]:
+    """Unpack a zip to `run_dir/unpacked/<hash>`, unless that is done; return the folder and what was left out."""
+    folder = run_dir / UNPACKED / hash_file(file)[:16]
+    listing = folder.with_suffix(".json")
+    if not listing.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        save_json(listing, {"left_out": unpack_zip(file, folder)})
+    left_out = json.loads(listing.read_text(encoding="utf-8"))["left_out"]
+    return folder, [{"image_id": _escape(row["file"]), "reason": row["reason"]} for row in left_out]
+
+
+def read_medmnist(run_dir: Path, data: str, classes: list[str], seed: int = 0) -> tuple[pd.DataFrame, dict]:
+    """Read a MedMNIST `.npz` (Yang et al. 2023) with one label an image; its three splits are kept.
+
+    The images are written to `run_dir/images`. `classes` names the labels in their order (else "0", "1" ...). No
+    patients are named: near-duplicate groups stand in.
+    """
+    file = _given_path("medmnist", data)
+    listed = unpack_medmnist(file, run_dir / "images", classes)
+    records = _make_records(
+        listed["path"].tolist(), run_dir / "images", label=listed["label"], split=listed["split"]
+    )
+    records["path"] = "images/" + records["image_id"] + ".png"
+    return records, {"patient_key": "", "ignored": {}}
 
 
 def read_table(run_dir: Path, data: str, classes: list[str], seed: int = 0) -> tuple[pd.DataFrame, dict]:
@@ -582,11 +684,17 @@ def read_table(run_dir: Path, data: str, classes: list[str], seed: int = 0) -> t
     file = _given_path("manifest", data)
     if file.is_dir() or file.suffix.lower() not in (".csv", ".parquet"):
         raise ValueError(f"{file} is neither a CSV nor a parquet file: give one, or use source 'folder'")
-    given = (
-        pd.read_parquet(file)
-        if file.suffix == ".parquet"
-        else pd.read_csv(file, dtype=str, keep_default_na=False)
-    )
+    try:
+        given = (
+            pd.read_parquet(file)
+            if file.suffix.lower() == ".parquet"
+            else pd.read_csv(file, dtype=str, keep_default_na=False)
+        )
+    except (ValueError, OSError) as error:  # pandas' and pyarrow's own errors are among them
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{file} is not a table that can be read ({reason}): write UTF-8 CSV or parquet"
+        ) from None
     lacking = [column for column in ("path", "label") if column not in given]
     if lacking or given.empty:
         raise ValueError(
@@ -613,7 +721,9 @@ def read_table(run_dir: Path, data: str, classes: list[str], seed: int = 0) -> t
     records = _make_records([Path("/") / name for name in names], Path("/"), **optional).assign(
         path=[str(p) for p in paths]
     )
-    return records, {"patient_key": "column patient_id" if "patient_id" in given else "", "ignored": {}}
+    records = _read_headers(records)
+    key = "column patient_id" if "patient_id" in given else _tell_headers(records)
+    return records, {"patient_key": key, "ignored": {}}
 
 
 def render_phantom(
@@ -633,6 +743,9 @@ def render_phantom(
     `n_patients` gives the patients per split (train, val, test, oracle), each a cohort of its own;
     `class_probs`, `difficulty` and `null` are the phantom's dials (see `medaug.phantom`).
     """
+    from medaug.phantom import chest  # with torch, which no other source needs
+    from medaug.phantom.cohort import draw_cohort
+
     counts = n_patients or {"train": 240, "val": 160, "test": 480, "oracle": 320}
     unknown = set(counts) - set(SPLITS)
     if unknown:
@@ -729,4 +842,5 @@ READERS = {
     "lymphoma": read_lymphoma,
     "folder": read_folder,
     "manifest": read_table,
+    "medmnist": read_medmnist,
 }
