@@ -14,6 +14,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from medaug import diffusion
@@ -292,6 +293,20 @@ def test_adapter_survives_save_and_load_in_a_plain_pipeline(pipe, model_id, tmp_
     with safe_open(path, "pt") as first, safe_open(diffusion.save_lora(tuned, tmp_path / "again"), "pt") as again:
         assert first.metadata() == again.metadata() and set(first.keys()) == set(again.keys())
         assert all(torch.equal(first.get_tensor(name), again.get_tensor(name)) for name in first.keys())
+
+
+def test_the_kohya_file_holds_the_same_adapter(pipe, model_id, tmp_path):
+    tuned, _, _ = fit(pipe)
+    path = diffusion.export_kohya(diffusion.save_lora(tuned, tmp_path).parent)
+    names = set(load_file(path))
+    stem = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
+    assert {f"{stem}.lora_down.weight", f"{stem}.lora_up.weight", f"{stem}.alpha"} <= names
+    assert len(names) == 3 * sum(hasattr(module, "lora_A") for module in tuned.modules())
+    plain = StableDiffusionPipeline.from_pretrained(model_id, safety_checker=None)
+    plain.load_lora_weights(tmp_path, weight_name=path.name)
+    x, t, states = torch.randn(2, 4, 2, 2), torch.tensor([10, 900]), torch.randn(2, 32, 16)
+    with torch.inference_mode():
+        torch.testing.assert_close(plain.unet.eval()(x, t, states).sample, tuned(x, t, states).sample)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,6 +1,7 @@
 """Measures against published implementations and hand-made references; each must see the failure it is for."""
 
 import numpy as np
+import prdc
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -93,6 +94,12 @@ def test_prdc_by_hand():
         "coverage": np.mean([min(to_synthetic[i]) < radius[i] for i in range(25)]),
     }
     assert fidelity.compute_prdc(real, synthetic, k) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("nearest_k", [1, 5])
+def test_prdc_agrees_with_its_authors_package(nearest_k):
+    reference = prdc.compute_prdc(real_features=REAL, fake_features=SYNTHETIC, nearest_k=nearest_k)
+    assert fidelity.compute_prdc(REAL, SYNTHETIC, nearest_k) == pytest.approx(reference, abs=1e-4)
 
 
 def test_prdc_knows_collapse_from_noise():

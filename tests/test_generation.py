@@ -74,7 +74,7 @@ def test_a_folded_adapter_draws_what_the_adapter_draws(tmp_path):
         if "lora_B" in name:  # stands for training
             torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
     diffusion.save_lora(tuned.unet, tmp_path / "lora")
-    folded = generation.load_generator(model_id, tmp_path / "lora")
+    folded = generation.load_generator(model_id, [tmp_path / "lora"])
     assert not any("lora" in name for name, _ in folded.unet.named_parameters())
     drawn = [generation.sample_images(pipe, list(PROMPTS.values()), [1, 2], 16, 4).astype(int)
              for pipe in (tuned, folded, generation.load_generator(model_id))]

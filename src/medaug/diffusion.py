@@ -5,6 +5,7 @@ content. The VAE's answer is kept as mean and standard deviation, so each step s
 """
 
 import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,8 +19,10 @@ import numpy as np
 import torch
 import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -166,6 +169,23 @@ def save_lora(unet: UNet2DConditionModel, folder: Path) -> Path:
     return Path(folder) / "pytorch_lora_weights.safetensors"
 
 
+def export_kohya(folder: Path) -> Path:
+    """Write the adapter in `folder` (see `save_lora`) once more with kohya's names, for ComfyUI and others; return its path.
+
+    diffusers converts the names. Its converter puts the rank where kohya keeps lora_alpha, so that is set right here.
+    """
+    with safe_open(Path(folder) / "pytorch_lora_weights.safetensors", "pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}
+        config = json.loads(file.metadata()["lora_adapter_metadata"])
+    renamed = convert_state_dict_to_kohya(weights)
+    alpha = torch.tensor(float(config["unet.lora_alpha"]))
+    renamed = {name: alpha.clone() if name.endswith(".alpha") else weight.contiguous() for name, weight in renamed.items()}
+    path = Path(folder) / "kohya.safetensors"
+    with replace_when_done(path) as temporary:
+        save_file(renamed, temporary, {"format": "pt"})
+    return path
+
+
 @dataclass(frozen=True)
 class FitSettings:
     """All that decides a LoRA run besides the data and the model."""
@@ -191,38 +211,55 @@ def fit_lora(unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler, latents
              prompt_ids: Tensor, hidden_states: Tensor, empty_states: Tensor, settings: FitSettings,
              checkpoint: Path | None = None, validate: Callable[[UNet2DConditionModel], dict] | None = None,
              ) -> tuple[list[dict], dict]:
-    """Train the trainable weights of `unet` on cached latents; return the history and the timing.
+    """Train the trainable weights of `unet` on cached latents; return the history and the timing (see `fit_weights`).
 
     `latents` are mean and std, each (N, C, h, w), drawn anew at each step; image i has the caption
     `hidden_states[prompt_ids[i]]` (P, L, D), or `empty_states` (L, D) when its caption is dropped. The target is noise or
-    velocity, as `noise_scheduler` says. `validate(unet)` returns numbers for the history's rows.
+    velocity, as `noise_scheduler` says. `validate(unet)` returns numbers for the history's rows. What is trainable
+    decides the method: an adapter (`add_lora`), or all.
+    """
+    hidden_states, empty_states = hidden_states.to(unet.device), empty_states.to(unet.device)
+    snr_weights = compute_snr_weights(noise_scheduler, settings.snr_gamma).to(unet.device)
+
+    def accumulate(step: int, micro_batch: int) -> float:
+        batch = draw_batch(latents, prompt_ids, noise_scheduler, settings, step)
+        return backward_batch(unet, noise_scheduler, batch, hidden_states, empty_states, snr_weights, micro_batch,
+                              settings.mixed_precision)
+
+    fingerprint = fingerprint_work(unet, [*latents, prompt_ids, hidden_states, empty_states], settings)
+    return fit_weights(unet, accumulate, settings, fingerprint, checkpoint, validate and (lambda: validate(unet)))
+
+
+def fit_weights(module: nn.Module, accumulate: Callable[[int, int], float], settings: FitSettings, fingerprint: str,
+                checkpoint: Path | None = None, validate: Callable[[], dict] | None = None, name: str = "LoRA",
+                ) -> tuple[list[dict], dict]:
+    """Train the trainable weights of `module`, by any loss; return the history and the timing.
+
+    `accumulate(step, micro_batch)` adds up the gradients of that step's batch, `micro_batch` images at a time, and returns
+    the batch's loss. `validate()` returns numbers for the history's rows; `fingerprint` names all that decides the run.
 
     All randomness of step k comes from (`settings.seed`, k), so a run killed at any moment and started again with the
     same `checkpoint` ends with the same weights. Out of memory halves the micro-batch and says so; the sum over
     micro-batches stays that of the whole batch. Raises FloatingPointError on a loss that is not finite; the last
     checkpoint stays.
     """
-    device, weights = unet.device, [p for p in unet.parameters() if p.requires_grad]
-    hidden_states, empty_states = hidden_states.to(device), empty_states.to(device)
+    weights = [p for p in module.parameters() if p.requires_grad]
+    device = weights[0].device
     optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
     state = {"step": 0, "seconds": 0.0, "history": [], "losses": [],
              "average": [p.detach().clone() for p in weights] if settings.ema_decay else []}
-    fingerprint = _fingerprint(unet, latents, prompt_ids, hidden_states, empty_states, settings)
     _restore(checkpoint, fingerprint, weights, optimizer, state)
-    snr_weights = compute_snr_weights(noise_scheduler, settings.snr_gamma).to(device)
     micro_batch = math.ceil(settings.batch_size / settings.gradient_accumulation_steps)
-    unet.train()
-    bar = progress(desc="LoRA", total=settings.steps * settings.batch_size, unit="image")
+    module.train()
+    bar = progress(desc=name, total=settings.steps * settings.batch_size, unit="image")
     bar.update(state["step"] * settings.batch_size)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for step in range(state["step"], settings.steps):
             began = time.perf_counter()
-            batch = draw_batch(latents, prompt_ids, noise_scheduler, settings, step)
             torch.manual_seed(settings.seed + 7919 * step)  # dropout inside the adapter
             while True:
                 try:
-                    loss = _backward(unet, noise_scheduler, batch, hidden_states, empty_states, snr_weights,
-                                     micro_batch, settings.mixed_precision)
+                    loss = accumulate(step, micro_batch)
                     break
                 except RuntimeError as error:
                     optimizer.zero_grad(set_to_none=True)
@@ -246,15 +283,15 @@ def fit_lora(unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler, latents
             if last or (step + 1) % settings.validate_every == 0:
                 row = {"step": step + 1, "loss": float(np.mean(state["losses"])), "learning_rate": learning_rate}
                 with _averaged(weights, state["average"]):
-                    state["history"].append({**row, **(validate(unet) if validate else {})})
-                unet.train()
+                    state["history"].append({**row, **(validate() if validate else {})})
+                module.train()
                 state["losses"] = []
                 bar.set_postfix(loss=f"{row['loss']:.4f}")
             if checkpoint and (last or (step + 1) % settings.save_every == 0):
                 _save_checkpoint(checkpoint, fingerprint, weights, optimizer, state)
     bar.close()
     _copy(weights, state["average"])
-    unet.eval()
+    module.eval()
     images = settings.steps * settings.batch_size
     return state["history"], {"seconds": state["seconds"], "images": images,
                               "images_per_second": images / max(state["seconds"], 1e-9)}
@@ -280,6 +317,29 @@ def draw_batch(latents: tuple[Tensor, Tensor], prompt_ids: Tensor, noise_schedul
         "prompt_ids": prompt_ids[index],
         "dropped": torch.rand(shape[0], generator=rng) < settings.caption_dropout,
     }
+
+
+def backward_batch(unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler, batch: Mapping[str, Tensor],
+                   hidden_states: Tensor, empty_states: Tensor, snr_weights: Tensor, micro_batch: int,
+                   mixed_precision: str = "no") -> float:
+    """Add up the gradients of the denoising loss of one batch (see `draw_batch`) in micro-batches; return the loss."""
+    device, total = unet.device, 0.0
+    cast = torch.autocast(device.type, torch.bfloat16) if mixed_precision == "bf16" else nullcontext()
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    noisy_latents = noise_scheduler.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
+    target = compute_target(noise_scheduler, batch["latents"], batch["noise"], batch["timesteps"])
+    weight = snr_weights[batch["timesteps"]] / len(target)
+    for start in range(0, len(target), micro_batch):
+        part = slice(start, start + micro_batch)
+        encoder_hidden_states = torch.where(batch["dropped"][part, None, None], empty_states,
+                                            hidden_states[batch["prompt_ids"][part]])  # (b, L, D)
+        with cast:
+            model_pred = unet(noisy_latents[part], batch["timesteps"][part], encoder_hidden_states).sample
+        error = (model_pred.float() - target[part]).square().mean(dim=(1, 2, 3))  # (B,)
+        loss = (error * weight[part]).sum()
+        loss.backward()
+        total += loss.item()
+    return total
 
 
 def compute_target(noise_scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -338,6 +398,12 @@ def summarise_bands(losses: Tensor, bands: Sequence[tuple[int, int]] = BANDS) ->
     return {"val_loss": float(means.mean()), **named}
 
 
+def fingerprint_work(module: nn.Module, tensors: Sequence[Tensor], settings: FitSettings, *extra: str) -> str:
+    """Return 16 hex digits for all that decides a run: weights, tensors, settings, code, and what else is given."""
+    return _hash(hash_weights(module), hash_code(__file__), str(asdict(settings)), *[_tensor_bytes(t) for t in tensors],
+                 *extra)
+
+
 def halve_batch(batch_size: int, error: Exception) -> int:
     """Return half of `batch_size` and say so if `error` is a lack of memory; raise `error` if it is anything else."""
     words = str(error).lower()
@@ -355,29 +421,6 @@ def hash_code(*sources: str) -> str:
     """Return 16 hex digits for the source files and the libraries' versions: work kept from other code is not used."""
     versions = [metadata.version(name) for name in ("torch", "diffusers", "peft")]
     return _hash(*[Path(source).read_bytes() for source in sources], *versions)
-
-
-def _backward(unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler, batch: Mapping[str, Tensor],
-              hidden_states: Tensor, empty_states: Tensor, snr_weights: Tensor, micro_batch: int,
-              mixed_precision: str) -> float:
-    """Accumulate the gradients of one batch in micro-batches; return the batch's loss."""
-    device, total = unet.device, 0.0
-    cast = torch.autocast(device.type, torch.bfloat16) if mixed_precision == "bf16" else nullcontext()
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    noisy_latents = noise_scheduler.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
-    target = compute_target(noise_scheduler, batch["latents"], batch["noise"], batch["timesteps"])
-    encoder_hidden_states = torch.where(batch["dropped"][:, None, None], empty_states,
-                                        hidden_states[batch["prompt_ids"]])  # (B, L, D)
-    weight = snr_weights[batch["timesteps"]] / len(target)
-    for start in range(0, len(target), micro_batch):
-        part = slice(start, start + micro_batch)
-        with cast:
-            model_pred = unet(noisy_latents[part], batch["timesteps"][part], encoder_hidden_states[part]).sample
-        error = (model_pred.float() - target[part]).square().mean(dim=(1, 2, 3))  # (B,)
-        loss = (error * weight[part]).sum()
-        loss.backward()
-        total += loss.item()
-    return total
 
 
 def _read_lora_config(unet: UNet2DConditionModel) -> dict:
@@ -414,12 +457,6 @@ def _copy(weights: Sequence[Tensor], source: Sequence[Tensor]) -> None:
     with torch.no_grad():
         for weight, new in zip(weights, source, strict=False):
             weight.copy_(new)
-
-
-def _fingerprint(unet: nn.Module, latents: tuple[Tensor, Tensor], prompt_ids: Tensor, hidden_states: Tensor,
-                 empty_states: Tensor, settings: FitSettings) -> str:
-    tensors = [*latents, prompt_ids, hidden_states, empty_states]
-    return _hash(hash_weights(unet), hash_code(__file__), str(asdict(settings)), *[_tensor_bytes(t) for t in tensors])
 
 
 def _save_checkpoint(path: Path, fingerprint: str, weights: Sequence[Tensor], optimizer: torch.optim.Optimizer,

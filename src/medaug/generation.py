@@ -1,8 +1,8 @@
 """Sample a Stable Diffusion pipeline into files: seeded per image, batched, resumable, with their provenance.
 
-Image i of class c and generator seed s has its own initial noise, drawn from (s, c, i) alone, and a deterministic sampler
-carries it to the image. So any image can be made again alone. Sums in another batch size round differently: the pixels then
-agree to about one grey level; with the batches fixed by index, as here, a resumed run writes the same bytes.
+Image i of class c and generator seed s has its own noise, drawn from (s, c, i) alone, and nothing else is random. So any
+image can be made again alone. Sums in another batch size round differently: the pixels then agree to about one grey level;
+with the batches fixed by index, as here, a resumed run writes the same bytes.
 """
 
 import hashlib
@@ -17,7 +17,9 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    LCMScheduler,
     StableDiffusionPipeline,
+    UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
 from PIL import Image, PngImagePlugin
@@ -27,20 +29,31 @@ from medaug import diffusion
 from medaug.diffusion import halve_batch, hash_code, hash_weights, load_pipeline
 from medaug.runtime import progress, replace_when_done, save_json
 
-# Deterministic samplers only: all chance is in the initial noise.
-SCHEDULERS = {"ddim": DDIMScheduler, "dpm-solver++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
+# All chance comes from each image's own seed. The first three are deterministic: it decides the first noise only. The last,
+# for distilled models, adds new noise at each step, from the same seed.
+SCHEDULERS = {"ddim": DDIMScheduler, "dpm-solver++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler,
+              "lcm": LCMScheduler}
 
 
-def load_generator(model_id: str, adapter: Path | None = None, device: str = "cpu") -> StableDiffusionPipeline:
-    """Return the pipeline of `model_id`, with the LoRA in folder `adapter` folded into its weights if one is given.
+def load_generator(model_id: str, tuned: Sequence[Path] = (), device: str = "cpu") -> StableDiffusionPipeline:
+    """Return the pipeline of `model_id` with what the folders in `tuned` hold, put on one after the other.
 
-    Folded in, an adapter costs no time while sampling; sums round differently, by less than one grey level.
+    A folder holds a LoRA, a whole UNet, or vectors of placeholders (see `tuning.save_generator`); the LoRA of a distilled
+    model goes on top of the one that was distilled. LoRAs are folded into the weights: they then cost no time while
+    sampling; sums round differently, by less than one grey level. Raises FileNotFoundError for a folder with none of them.
     """
     pipe = load_pipeline(model_id, device)
-    if adapter is not None:
-        pipe.load_lora_weights(adapter)
-        pipe.fuse_lora()
-        pipe.unload_lora_weights()
+    for folder in map(Path, tuned):
+        if (folder / "config.json").exists():
+            pipe.unet = UNet2DConditionModel.from_pretrained(folder, use_safetensors=True).to(device).eval()
+        elif (folder / "pytorch_lora_weights.safetensors").exists():
+            pipe.load_lora_weights(folder)
+            pipe.fuse_lora()
+            pipe.unload_lora_weights()
+        elif files := sorted(folder.glob("*.safetensors")):
+            pipe.load_textual_inversion([str(file) for file in files])
+        else:
+            raise FileNotFoundError(f"no tuned generator in {folder}: list its method in 02-sd-lora (parameter methods)")
     return pipe
 
 
@@ -57,11 +70,11 @@ def derive_seed(generator_seed: int, label: str, index: int) -> int:
     return int.from_bytes(digest[:6])
 
 
-def draw_latents(pipe: StableDiffusionPipeline, seeds: Sequence[int], image_size: int) -> Tensor:
-    """Return unit-normal initial latents (len(seeds), C, h, w) on the CPU, each drawn from its own seed."""
+def draw_latents(pipe: StableDiffusionPipeline, generators: Sequence[torch.Generator], image_size: int) -> Tensor:
+    """Return unit-normal initial latents (len(generators), C, h, w) on the CPU, each drawn from its own generator."""
     side = image_size // pipe.vae_scale_factor
     shape = (1, pipe.unet.config.in_channels, side, side)
-    return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
+    return torch.cat([torch.randn(shape, generator=generator) for generator in generators])
 
 
 @torch.inference_mode()
@@ -72,11 +85,12 @@ def sample_images(pipe: StableDiffusionPipeline, prompts: Sequence[str], seeds: 
 
     `guidance_scale` as in diffusers: 1 follows the caption plainly, more exaggerates it (Ho & Salimans 2021).
     """
-    latents = draw_latents(pipe, seeds, image_size).to(pipe.device, pipe.unet.dtype)
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]  # one for each image, whatever the batch
+    latents = draw_latents(pipe, generators, image_size).to(pipe.device, pipe.unet.dtype)
     negative_prompts = [negative_prompt] * len(prompts) if guidance_scale > 1 else None
     image_01 = pipe(list(prompts), negative_prompt=negative_prompts, latents=latents, height=image_size,
                     width=image_size, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
-                    output_type="pt").images.float()  # (N, 3, H, W)
+                    generator=generators, output_type="pt").images.float()  # (N, 3, H, W)
     if mode == "L":
         image_01 = image_01.mean(1, keepdim=True)
     image_u8 = (image_01 * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
