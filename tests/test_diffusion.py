@@ -146,6 +146,18 @@ def test_latents_are_those_of_the_vae_and_kept_by_content(pipe, tmp_path, channe
         diffusion.encode_latents(pipe.vae, images[::-1], tmp_path)
 
 
+def test_reconstruction_is_the_mean_decoded_and_grey_stays_grey(pipe):
+    images_u8 = draw_images(3)
+    rgb = np.repeat(images_u8[..., None], 3, -1)
+    with torch.inference_mode():
+        decoded = pipe.vae.decode(pipe.vae.encode(diffusion.to_pixel_values(rgb)).latent_dist.mean).sample
+    expected = ((decoded.permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).numpy()
+    colour, grey = diffusion.reconstruct(pipe.vae, rgb, batch_size=2), diffusion.reconstruct(pipe.vae, images_u8)
+    assert colour.shape == (3, 16, 16, 3) and grey.shape == (3, 16, 16) and grey.dtype == np.uint8
+    np.testing.assert_allclose(colour, expected, atol=1)
+    np.testing.assert_allclose(grey, ((decoded.mean(1) + 1) * 127.5).clamp(0, 255).numpy(), atol=1)
+
+
 def test_prompt_states_are_those_of_the_text_encoder(pipe, tmp_path):
     states = diffusion.encode_prompts(pipe, PROMPTS, tmp_path)
     tokens = pipe.tokenizer(PROMPTS, padding="max_length", truncation=True, return_tensors="pt").input_ids

@@ -110,6 +110,21 @@ def encode_latents(vae: AutoencoderKL, images_u8: np.ndarray, cache: Path | None
     return kept["mean"], kept["std"]
 
 
+@torch.inference_mode()
+def reconstruct(vae: AutoencoderKL, images_u8: np.ndarray, batch_size: int = 64) -> np.ndarray:
+    """Return grey (N, H, W) or RGB (N, H, W, 3) `images_u8` as the VAE gives them back (posterior's mean), same shape.
+
+    What is lost here, no generator on this VAE can draw.
+    """
+    rebuilt = []
+    for start in range(0, len(images_u8), batch_size):
+        pixel_values = to_pixel_values(images_u8[start:start + batch_size]).to(vae.device, vae.dtype)
+        decoded = vae.decode(vae.encode(pixel_values).latent_dist.mode()).sample.float().cpu()  # (B, 3, H, W)
+        image = decoded.mean(1) if images_u8.ndim == 3 else decoded.permute(0, 2, 3, 1)  # grey: the mean of equal channels
+        rebuilt.append(((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy())
+    return np.concatenate(rebuilt)
+
+
 def encode_prompts(pipe: StableDiffusionPipeline, prompts: Sequence[str], cache: Path | None = None) -> Tensor:
     """Return the text encoder's hidden states (len(prompts), L, D), float32 on the CPU, kept in `cache` if given."""
     tokens = pipe.tokenizer(list(prompts), padding="max_length", truncation=True).input_ids

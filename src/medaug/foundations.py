@@ -316,17 +316,6 @@ def score_retrieval(clip: CLIPModel, tokenizer: CLIPTokenizer, images_u8: np.nda
             "top5": (rank < 5).float().mean().item()}
 
 
-@torch.no_grad()
-def reconstruct(vae: AutoencoderKL, images_u8: np.ndarray, batch_size: int = 256) -> np.ndarray:
-    """Encode to the posterior's mean and decode: (N, H, W) uint8 -> (N, H, W) uint8."""
-    device, out = next(vae.parameters()).device, []
-    for start in range(0, len(images_u8), batch_size):
-        latents = vae.encode(to_pixel_values(images_u8[start:start + batch_size]).to(device)).latent_dist.mode()
-        decoded = vae.decode(latents).sample.mean(1)  # (B, 3, H, W) -> (B, H, W): the channels are one grey image
-        out.append(((decoded + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy())
-    return np.concatenate(out)
-
-
 def compute_psnr(images_u8: np.ndarray, reconstructed_u8: np.ndarray) -> np.ndarray:
     """Return the peak signal-to-noise ratio (N,) in decibels of 8-bit images (N, H, W)."""
     error = (images_u8.astype(np.float64) - reconstructed_u8) ** 2

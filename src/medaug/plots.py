@@ -29,6 +29,7 @@ GENERATOR_COLOURS = {
     "real-floor": "#4d4d4d",
     "duplicates": "#999999",
     "noise": "#bbbbbb",
+    "autoencoder": "#0072b2",
     "untuned": ARM_COLOURS["real+untuned"],
     "lora": ARM_COLOURS["real+synthetic"],
 }
