@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pandas as pd
 
-os.environ["MEDAUG_HEADLESS"] = "1"  # bars go to the terminal only
 FOLDER = Path(__file__).resolve().parent
+KNOWN = ("name", "ratio", "median_ours", "median_plain", "lowest_ours", "highest_plain", "unit", "rounds", "what", "machine")
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Comparison:
     plain: Callable[[], float]
     what: str  # the difference between the two, in a few words
     unit: str = "images/s"
+    extra: Callable[[float], dict] | None = None  # given the ratio, more columns of the row
 
 
 def measure(comparison: Comparison, rounds: int = 5) -> dict:
@@ -39,9 +40,10 @@ def measure(comparison: Comparison, rounds: int = 5) -> dict:
         for way, found in rates.items():
             found.append(getattr(comparison, way)())
     ours, plain = (statistics.median(found[1:]) for found in rates.values())
-    return {"name": comparison.name, "ratio": ours / plain, "median_ours": ours, "median_plain": plain,
+    row = {"name": comparison.name, "ratio": ours / plain, "median_ours": ours, "median_plain": plain,
             "lowest_ours": min(rates["ours"][1:]), "highest_plain": max(rates["plain"][1:]), "unit": comparison.unit,
             "rounds": rounds, "what": comparison.what, "machine": describe_machine()}  # fmt: skip
+    return row | (comparison.extra(row["ratio"]) if comparison.extra else {})
 
 
 def describe_machine() -> str:
@@ -55,6 +57,7 @@ def describe_machine() -> str:
 
 def main() -> None:
     """Run the benchmarks named on the command line (all if none) and print each row as it is found."""
+    os.environ["MEDAUG_HEADLESS"] = "1"  # bars go to the terminal only
     known = sorted(path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py"))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", choices=[*known, []], help=f"of {', '.join(known)}; all if none is given")
@@ -66,7 +69,13 @@ def main() -> None:
             row = measure(comparison, given.rounds)
             print(f"{row['name']:28} {row['ratio']:6.2f}x  {row['median_ours']:9.1f} beside {row['median_plain']:9.1f} "
                   f"{row['unit']}  ({row['what']})", flush=True)
+            more = {key: value for key, value in row.items() if key not in KNOWN}
+            if more:
+                print(" " * 28, ", ".join(f"{key} {value:.4g}" for key, value in more.items()), flush=True)
             rows.append(row)
+        if not rows:
+            print(f"{name}: not on this machine (no GPU)")
+            continue
         target = FOLDER / "results" / f"{name}.csv"
         target.parent.mkdir(exist_ok=True)
         pd.DataFrame(rows).to_csv(target, index=False, float_format="%.4g", lineterminator="\n")

@@ -309,7 +309,7 @@ def test_adapter_survives_save_and_load_in_a_plain_pipeline(pipe, model_id, tmp_
 
 def test_the_kohya_file_holds_the_same_adapter(pipe, model_id, tmp_path):
     tuned, _, _ = fit(pipe)
-    path = diffusion.export_kohya(diffusion.save_lora(tuned, tmp_path).parent)
+    path = diffusion.export_kohya(diffusion.save_lora(tuned, tmp_path / "lora"), tmp_path / "kohya.safetensors")
     names = set(load_file(path))
     stem = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
     assert {f"{stem}.lora_down.weight", f"{stem}.lora_up.weight", f"{stem}.alpha"} <= names

@@ -46,6 +46,7 @@ ALLOWED = {
     ("sources", "fingerprints"): "where no patients are named, near-duplicate groups stand in for them",
     ("sources", "images"): "each file is decoded once, by the function that all else uses",
     ("sources", "phantom"): "the simulator is one of the sources",
+    ("tuning", "diffusion"): "every method is the one loop, with another loss or other weights",
     ("training", "classifiers"): "a network is trained with the preprocessing that belongs to its weights",
     ("engine", "studies"): "the engine runs what a study file says",
     ("engine", "tables"): "publishing copies the tables of the contract",

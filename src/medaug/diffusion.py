@@ -184,21 +184,21 @@ def save_lora(unet: UNet2DConditionModel, folder: Path) -> Path:
     return Path(folder) / "pytorch_lora_weights.safetensors"
 
 
-def export_kohya(folder: Path) -> Path:
-    """Write the adapter in `folder` (see `save_lora`) once more with kohya's names, for ComfyUI and others; return its path.
+def export_kohya(adapter: Path, target: Path) -> Path:
+    """Write the file `adapter` (see `save_lora`) to `target` with kohya's names, for ComfyUI and others; return `target`.
 
-    diffusers converts the names. Its converter puts the rank where kohya keeps lora_alpha, so that is set right here.
+    diffusers converts the names. Its converter puts the rank where kohya keeps lora_alpha, so that is set right here. Not
+    into the adapter's own folder: a loader that is given a folder expects one file in it.
     """
-    with safe_open(Path(folder) / "pytorch_lora_weights.safetensors", "pt") as file:
+    with safe_open(adapter, "pt") as file:
         weights = {name: file.get_tensor(name) for name in file.keys()}
         config = json.loads(file.metadata()["lora_adapter_metadata"])
-    renamed = convert_state_dict_to_kohya(weights)
     alpha = torch.tensor(float(config["unet.lora_alpha"]))
-    renamed = {name: alpha.clone() if name.endswith(".alpha") else weight.contiguous() for name, weight in renamed.items()}
-    path = Path(folder) / "kohya.safetensors"
-    with replace_when_done(path) as temporary:
+    renamed = {name: alpha.clone() if name.endswith(".alpha") else weight.contiguous()
+               for name, weight in convert_state_dict_to_kohya(weights).items()}
+    with replace_when_done(target) as temporary:
         save_file(renamed, temporary, {"format": "pt"})
-    return path
+    return Path(target)
 
 
 @dataclass(frozen=True)

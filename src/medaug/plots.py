@@ -32,6 +32,11 @@ GENERATOR_COLOURS = {
     "autoencoder": "#0072b2",
     "untuned": ARM_COLOURS["real+untuned"],
     "lora": ARM_COLOURS["real+synthetic"],
+    "full": "#0072b2",
+    "textual-inversion": "#009e73",
+    "dreambooth": "#cc79a7",
+    "lcm": "#56b4e9",
+    "reward": "#a6522b",
 }
 CLASS_COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#f0e442"]
 

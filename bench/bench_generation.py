@@ -1,0 +1,72 @@
+"""Sampling: four steps of a distilled model, against fifty steps with guidance; the KID of both stands beside the speed.
+
+The shipped base is distilled here, briefly, on simulated films of its own kind.
+"""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from run import Comparison
+
+from medaug import diffusion, fidelity, generation, paths, tuning
+from medaug.phantom.chest import render
+from medaug.phantom.cohort import draw_generic
+
+GUIDANCE, SIZE, IMAGES, BATCH = 2.0, 64, 32, 32
+DISTIL_STEPS, FILMS, JUDGED = 150, 800, 200
+
+
+def list_comparisons(distil_steps: int = DISTIL_STEPS, films: int = FILMS, judged: int = JUDGED) -> list[Comparison]:
+    """Return the one comparison, after distilling; `judged` images of each way are held against as many real films."""
+    cohort = draw_generic(films + judged, seed=5)
+    images_u8 = np.asarray(render(cohort["patient_seed"], cohort["image_seed"], cohort["label"], size=SIZE)["image_u8"])
+    captions = list(cohort["caption"])
+    model_id = paths.resolve_model("foundations/sd")
+    teacher, student = diffusion.load_pipeline(model_id), diffusion.load_pipeline(model_id)
+    distil(student, images_u8[:films], captions[:films], distil_steps)
+    generation.set_scheduler(teacher, "ddim")
+    generation.set_scheduler(student, "lcm")
+    few = {"num_inference_steps": 4, "guidance_scale": 1.0}
+    many = {"num_inference_steps": 50, "guidance_scale": GUIDANCE}
+
+    def judge(_: float) -> dict:
+        encoder = fidelity.load_encoder("clip-foundation", "foundations/clip")
+        real = fidelity.embed_images(encoder, images_u8[films:])
+        floor = fidelity.embed_images(encoder, images_u8[:judged])
+        drawn = [fidelity.embed_images(encoder, draw(pipe, captions[films:], how)) for pipe, how in ((student, few), (teacher, many))]
+        kids = [fidelity.compute_kid(real, features) for features in (*drawn, floor)]
+        return dict(zip(("kid_ours", "kid_plain", "kid_floor"), kids, strict=True)) | {"n_judged": judged}
+
+    return [Comparison("lcm-4-steps", time_drawing(student, captions[:IMAGES], few),
+                       time_drawing(teacher, captions[:IMAGES], many),
+                       f"4 LCM steps beside 50 DDIM steps with guidance {GUIDANCE}", extra=judge)]
+
+
+def distil(pipe: StableDiffusionPipeline, images_u8: np.ndarray, captions: list[str], steps: int) -> None:
+    """Put an adapter on `pipe` and distil the pipeline, with its guidance, into it."""
+    prompts = sorted(set(captions))
+    prompt_ids = torch.tensor([prompts.index(caption) for caption in captions])
+    lesson = tuning.Lesson(diffusion.encode_latents(pipe.vae, images_u8), prompt_ids, prompts)
+    diffusion.add_lora(pipe.unet, 32, 32, (*diffusion.ATTENTION, "proj_in", "proj_out", "conv1", "conv2"))
+    settings = diffusion.FitSettings(steps=steps, batch_size=32, learning_rate=1e-3)
+    tuning.fit_lcm(pipe, lesson, settings, guidance_scale=GUIDANCE)
+
+
+def draw(pipe: StableDiffusionPipeline, prompts: list[str], how: dict) -> np.ndarray:
+    """Images (len(prompts), SIZE, SIZE) uint8, in batches."""
+    starts = range(0, len(prompts), BATCH)
+    return np.concatenate([generation.sample_images(pipe, prompts[start:start + BATCH], range(start, min(start + BATCH, len(prompts))),
+                                                    SIZE, **how) for start in starts])
+
+
+def time_drawing(pipe: StableDiffusionPipeline, prompts: list[str], how: dict) -> Callable[[], float]:
+    """Return a function that draws one image for each prompt and returns images per second."""
+    def once() -> float:
+        began = time.perf_counter()
+        draw(pipe, prompts, how)
+        return len(prompts) / (time.perf_counter() - began)
+
+    return once

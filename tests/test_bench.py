@@ -1,0 +1,67 @@
+"""The benchmarks at toy size: both ways run, and the full-size comparison for a GPU runs on small modules anywhere."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+
+import bench_generation  # noqa: E402
+import bench_gpu  # noqa: E402
+import bench_lora  # noqa: E402
+import run  # noqa: E402
+
+
+def build_meta():
+    with torch.device("meta"):
+        return {
+            "unet": UNet2DConditionModel(block_out_channels=(32, 32), layers_per_block=1, cross_attention_dim=16,
+                                         attention_head_dim=2, norm_num_groups=8,
+                                         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                                         up_block_types=("UpBlock2D", "UpBlock2D")),
+            "vae": AutoencoderKL(block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=4,
+                                 down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(vocab_size=1000, hidden_size=16, intermediate_size=32,
+                                                         num_hidden_layers=1, num_attention_heads=2)),
+        }
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_full_size_comparison_runs_on_small_modules(checkpointing):
+    comparison = bench_gpu.compare(bench_gpu.build_parts(build_meta(), "cpu", torch.bfloat16), 32, checkpointing, 1.5)
+    row = run.measure(comparison, rounds=1)
+    assert row["median_ours"] > 0 and row["median_plain"] > 0
+    assert row["share_of_most"] == pytest.approx(row["ratio"] / 1.5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would run at full size")
+def test_nothing_of_full_size_without_a_gpu():
+    assert bench_gpu.list_comparisons() == []
+
+
+def test_the_script_gets_pipeline_and_images(tmp_path, monkeypatch):
+    """A stand-in script checks what the real one reads, and says so by its exit status."""
+    parts, images = bench_lora.build_parts(), torch.zeros(3, 64, 64, dtype=torch.uint8).numpy()
+    bench_lora.save_for_script(parts, images, torch.tensor([0, 2, 1]), tmp_path)
+    script = tmp_path / "script.py"
+    script.write_text("import json, pathlib, sys\n"
+                      "given = dict(a.lstrip('-').split('=') for a in sys.argv[1:])\n"
+                      "rows = (pathlib.Path(given['train_data_dir']) / 'metadata.jsonl').read_text().splitlines()\n"
+                      "files = [pathlib.Path(given['train_data_dir']) / json.loads(row)['file_name'] for row in rows]\n"
+                      "index = pathlib.Path(given['pretrained_model_name_or_path']) / 'model_index.json'\n"
+                      "sys.exit(0 if index.exists() and all(f.exists() for f in files) else 'something is missing')\n")
+    monkeypatch.setattr(bench_lora, "SCRIPT", str(script))
+    bench_lora.run_script(tmp_path, few=1, many=2)
+    (tmp_path / "images" / "1.png").unlink()
+    with pytest.raises(RuntimeError, match="something is missing"):
+        bench_lora.run_script(tmp_path, few=1, many=2)
+
+
+def test_the_distilled_model_is_timed_and_judged():
+    comparison, = bench_generation.list_comparisons(distil_steps=1, films=40, judged=32)
+    assert comparison.ours() > comparison.plain() > 0
+    assert {"kid_ours", "kid_plain", "kid_floor"} <= set(comparison.extra(1.0))
