@@ -52,7 +52,7 @@ ALLOWED = {
     ("engine", "tables"): "publishing copies the tables of the contract",
     ("engine", "report"): "publishing writes the published copy of the report's text",
     **{("cli", name): "the command line is where everything meets" for name in
-       ("engine", "folder_audit", "report", "site", "studies", "tables")},
+       ("engine", "folder_audit", "images", "report", "segmentation", "site", "sources", "studies", "tables")},
 }  # fmt: skip
 
 

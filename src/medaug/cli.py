@@ -17,6 +17,8 @@ EPILOG = """examples:
                                      everything after -- goes to Snakemake (snakemake --help)
   medaug publish phantom             copy a run's tables to data/results/
   medaug audit /my/images            only the audit, of any folder; medaug audit --help
+  medaug segment films --model runs/phantom/segmentation/unet.safetensors --output masks
+                                     lung masks for a folder of images, each in its image's own size
 
 medaug is research software and no diagnostic device."""
 
@@ -105,6 +107,13 @@ def build_parser() -> argparse.ArgumentParser:
     word.add_argument("--where", metavar="STUDY", help="only print where the last run of STUDY put the site")
     word = add("strip", strip, "Remove outputs from the notebooks' sources (they must carry none).", study=False)
     word.add_argument("--check", action="store_true", help="change nothing; fail if there are any")
+    word = add("segment", segment, "Write a lung mask (PNG, 0 and 255, the image's own size) for every image in a folder.",
+               study=False)
+    word.add_argument("folder", type=Path, help="folder of images; its sub-folders count too")
+    word.add_argument("--model", type=Path, required=True, metavar="FILE",
+                      help="weights that 06-segmentation wrote: runs/STUDY/segmentation/NAME.safetensors")
+    word.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the masks go")
+    word.add_argument("--threshold", type=float, help="probability above which a pixel is lung (default: the run's)")
     for name, command, text in (("pack", pack, "Pack what a step wrote into one file (for an object store)."),
                                 ("unpack", unpack, "Unpack what earlier steps packed.")):
         add(name, command, text).add_argument("bundles", nargs="*", type=Path)
@@ -213,6 +222,25 @@ def strip(given: argparse.Namespace) -> None:
     dirty = engine.strip_notebooks(write=not given.check)
     if given.check and dirty:
         raise RuntimeError(f"{', '.join(dirty)}: the source carries outputs; remove them with `medaug strip`")
+
+
+def segment(given: argparse.Namespace) -> None:
+    from medaug import images, segmentation, sources
+
+    try:
+        network, card = segmentation.load_segmenter(given.model)
+        threshold = card["threshold"] if given.threshold is None else given.threshold
+        written, unread = segmentation.segment_folder(
+            given.folder, given.output, network, image_size=card["image_size"], threshold=threshold,
+            open_image=images.open_image, suffixes=sources.SUFFIXES)
+    except ValueError as error:  # wrong weights, or masks that would replace the images
+        raise RuntimeError(error) from None
+    print(f"{written} mask(s) in {given.output}, by {card['architecture']} trained on {card['trained_on']} at "
+          f"{card['image_size']} px; research software, no diagnostic device")
+    for line in unread:
+        print(line, file=sys.stderr)
+    if unread:
+        raise RuntimeError(f"{len(unread)} image(s) have no mask because they could not be read; they are named above")
 
 
 def pack(given: argparse.Namespace) -> None:

@@ -222,6 +222,8 @@ def _measure_segmentation(study: str, source: Tables) -> list[str] | None:
     segmentation = source.read(study, "segmentation.csv")
     if segmentation is None:
         return None
+    own = segmentation["test_source"].iloc[0]  # rows of other sources (transfer) and of few masks are another question
+    segmentation = segmentation[(segmentation["train_source"] == own) & (segmentation["test_source"] == own)]
     dice = (
         segmentation[segmentation["split"] == "test"].groupby("model")["dice_per_image"].mean().sort_values()
     )

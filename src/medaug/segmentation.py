@@ -1,7 +1,8 @@
 """Segmentation networks by name, one training function for all of them, and masks for images of any size."""
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -228,6 +230,36 @@ def predict_own_size(model: nn.Module, image_u8: np.ndarray, image_size: int, de
     mask_logits, _ = split_outputs(model(to_pixel_values(padded).to(device, memory_format=torch.channels_last)))
     probs = mask_logits.sigmoid()[:, :, :small[0], :small[1]]
     return F.interpolate(probs, (height, width), mode="bilinear", antialias=True)[0, 0].cpu().numpy()
+
+
+def segment_folder(folder: Path, output: Path, model: nn.Module, *, image_size: int, threshold: float,
+                   open_image: Callable, suffixes: Container[str]) -> tuple[int, list[str]]:
+    """Write `output/<same place and name>.png`, 0 and 255 in the image's own size, for each image under `folder`.
+
+    `open_image` turns a file into a grey PIL image and raises ValueError with the reason where it cannot. Return the
+    number of masks written and one line for each file that could not be read. Two images of one name (a.png, a.jpg) keep
+    their suffix in the mask's name. Raises FileNotFoundError without images, ValueError where masks would replace them.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}: give the folder that holds the images")
+    if output.resolve() == folder.resolve():
+        raise ValueError(f"--output is the folder of the images, {folder}: masks would replace them; give another one")
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in suffixes and file.is_file()
+                   and not file.name.startswith(".") and output.resolve() not in file.resolve().parents)
+    if not files:
+        raise FileNotFoundError(f"no images under {folder}: expected {', '.join(sorted(suffixes))}")
+    often, unread = Counter(file.with_suffix("") for file in files), []
+    for file in progress(files, desc="masks", unit="image"):
+        try:
+            image_u8 = np.asarray(open_image(file))  # (H, W)
+        except ValueError as error:
+            unread.append(f"{file}: {error}")
+            continue
+        mask_u8 = (predict_own_size(model, image_u8, image_size) > threshold).astype(np.uint8) * 255
+        name = file.with_suffix(".png") if often[file.with_suffix("")] == 1 else file.with_name(f"{file.name}.png")
+        with replace_when_done(output / name.relative_to(folder)) as temporary:
+            Image.fromarray(mask_u8).save(temporary, format="PNG")
+    return len(files) - len(unread), unread
 
 
 def to_image_01(images_u8: np.ndarray) -> Tensor:
