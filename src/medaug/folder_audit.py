@@ -67,7 +67,7 @@ def audit_path(
     """
     with tempfile.TemporaryDirectory(prefix="medaug-") as workspace:
         images, listing = _take_in(Path(path), Path(workspace) / "path", patient_pattern, cache)
-        report = {"path": str(path), "files": _count_files(images, listing)}
+        report = {"path": _escape(str(path)), "files": _count_files(images, listing)}
         report |= {"failed": listing.failed, "others": listing.others, "notes": _note_files(images)}
         report |= _describe(images)
         groups, report["copies"] = _find_copies(images, max_distance, min_correlation, pictures)
@@ -75,7 +75,7 @@ def audit_path(
         report["against"] = None
         if str(against):
             theirs, their_listing = _take_in(Path(against), Path(workspace) / "against", "", cache)
-            counted = {"path": str(against), "files": _count_files(theirs, their_listing)}
+            counted = {"path": _escape(str(against)), "files": _count_files(theirs, their_listing)}
             overlap = _find_overlap(images, theirs, max_distance, min_correlation, pictures)
             report["against"] = counted | {"failed": their_listing.failed} | overlap
     report["findings"] = list_findings(report).to_dict("records")
@@ -230,8 +230,9 @@ def _label(found: list[tuple[str, Path]], patient_pattern: str) -> pd.DataFrame:
 
 
 def _escape(name: str) -> str:
-    """Return `name` with bytes that are no UTF-8 written as escapes, so that it can be stored and shown."""
-    return name.encode("utf-8", "backslashreplace").decode()
+    """Return `name` with bytes that are no UTF-8, line breaks and control codes as escapes, to be stored and shown."""
+    shown = name.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
 def _writable(cache: Path | str | None) -> Path | None:
@@ -261,7 +262,7 @@ def _note_files(images: pd.DataFrame) -> list[dict]:
             notes.append(
                 {"file": row.name, "note": f"holds {int(row.frames)} frames: only the first is read"}
             )
-        if "\\x" in row.name or "\\udc" in row.name:
+        if "\\udc" in row.name:
             notes.append({"file": row.name, "note": "its name is not UTF-8: a study would ask to rename it"})
     return notes
 
