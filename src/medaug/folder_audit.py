@@ -418,10 +418,8 @@ def _score_shortcuts(images: pd.DataFrame, groups: np.ndarray, trees: int, seed:
     if pd.Series(owner).groupby(part["label"].to_numpy()).nunique().min() < 2:
         return result | {"left_out": large, "classes": []}
     stored = pd.get_dummies(part[["format", "mode"]]).to_numpy(float)
-    views = {
-        "size and format of the file": np.hstack(
-            [part[[*fingerprints.SIZE_FEATURES, "bytes"]].to_numpy(float), stored]
-        ),
+    views = {  # not the size in bytes: what a picture shows decides how well it can be compressed
+        "size and format of the file": np.hstack([part[fingerprints.SIZE_FEATURES].to_numpy(float), stored]),
         "brightness and contrast": part[GREY].to_numpy(float),
         "border (outer sixteenth)": part[fingerprints.BORDER_FEATURES].to_numpy(float),
         "8 x 8 thumbnail": audit.shrink(fingerprints.stack_thumbnails(part), 8),
@@ -484,8 +482,9 @@ def _find_in_scores(report: dict) -> list[tuple[str, str, str]]:
     for row in shortcuts["scores"]:
         told = "note" if row["coarse"] else "warning"
         status = {"above chance": told, "undecided": "note"}.get(row["verdict"], "fine")
+        sentence = row["sentence"] if report["patients"] else row["sentence"].replace("patients", "images")
         score = f": {row['balanced_accuracy']:.2f} ({row['ci_low']:.2f} to {row['ci_high']:.2f}), chance {row['chance']:.2f}"
-        rows.append(("shortcut", status, row["sentence"] + ("" if row["verdict"] == "constant" else score)))
+        rows.append(("shortcut", status, sentence + ("" if row["verdict"] == "constant" else score)))
     if not shortcuts["scores"]:
         rows.append(
             ("shortcut", "note", f"not looked for: fewer than two classes with {FEWEST} images or more")
