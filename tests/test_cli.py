@@ -53,7 +53,7 @@ def test_every_command_teaches(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     assert "medaug run phantom --cores 2" in capsys.readouterr().out
-    for command in ("check", "plan", "run", "execute", "merge", "publish", "segment", "site", "strip"):
+    for command in ("audit", "check", "plan", "run", "execute", "merge", "publish", "segment", "site", "strip"):
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
         assert len(capsys.readouterr().out.splitlines()) >= 5

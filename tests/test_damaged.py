@@ -195,6 +195,8 @@ def list_awkward_places(folder: Path) -> dict[str, str]:
         "circle.png": "cannot be read", "dangling.png": "cannot be read", "endless.png": "not a file",
         "pipe.png": "not a file", "door.png": "not a file", "unreadable.png": READ if may else "cannot be read",
     }  # fmt: skip
+    (folder / "two\nlines\x1b[31m.png").write_bytes(encode(ramp()))
+    made["two\\nlines\\x1b[31m.png"] = READ
     try:
         (folder / os.fsdecode(b"no-utf-8-\xff.png")).write_bytes(encode(ramp()))
         made["no-utf-8-\\udcff.png"] = READ

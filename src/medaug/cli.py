@@ -158,7 +158,8 @@ def audit(given: argparse.Namespace) -> int:
         if not target.absolute().parent.is_dir():
             raise FileNotFoundError(f"cannot write {target}: there is no folder {target.absolute().parent}")
     try:
-        report = folder_audit.audit_path(given.path, given.against, given.cache, given.patients, pictures=given.pictures)
+        report = folder_audit.audit_path(given.path, given.against, given.cache, given.patients,
+                                         threads=min(4, os.cpu_count() or 1), pictures=given.pictures)
     except ValueError as error:
         raise RuntimeError(error) from None
     print(folder_audit.format_summary(report))

@@ -139,6 +139,18 @@ def find_near_pairs(
     return pairs[pairs["correlation"] >= min_correlation].reset_index(drop=True)
 
 
+def match_hashes(
+    phash: np.ndarray, others: np.ndarray, max_distance: int = 4, block: int = 512
+) -> np.ndarray:
+    """Say of each hash, (N,), whether any of `others` is within `max_distance` bits: the first opinion alone."""
+    parts = range(0, len(phash), block)
+    near = [
+        (np.bitwise_count(phash[at : at + block, None] ^ others[None]) <= max_distance).any(axis=1)
+        for at in parts
+    ]
+    return np.concatenate([np.zeros(0, bool), *near])
+
+
 def group_pairs(count: int, first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Return for each of `count` items the number of its group, where paired items share a group
     (transitively).

@@ -67,7 +67,7 @@ def audit_path(
     """
     with tempfile.TemporaryDirectory(prefix="medaug-") as workspace:
         images, listing = _take_in(Path(path), Path(workspace) / "path", patient_pattern, cache)
-        report = {"path": str(path), "files": _count_files(images, listing)}
+        report = {"path": _escape(str(path)), "files": _count_files(images, listing)}
         report |= {"failed": listing.failed, "others": listing.others, "notes": _note_files(images)}
         report |= _describe(images)
         groups, report["copies"] = _find_copies(images, max_distance, min_correlation, pictures)
@@ -75,7 +75,7 @@ def audit_path(
         report["against"] = None
         if str(against):
             theirs, their_listing = _take_in(Path(against), Path(workspace) / "against", "", cache)
-            counted = {"path": str(against), "files": _count_files(theirs, their_listing)}
+            counted = {"path": _escape(str(against)), "files": _count_files(theirs, their_listing)}
             overlap = _find_overlap(images, theirs, max_distance, min_correlation, pictures)
             report["against"] = counted | {"failed": their_listing.failed} | overlap
     report["findings"] = list_findings(report).to_dict("records")
@@ -230,8 +230,9 @@ def _label(found: list[tuple[str, Path]], patient_pattern: str) -> pd.DataFrame:
 
 
 def _escape(name: str) -> str:
-    """Return `name` with bytes that are no UTF-8 written as escapes, so that it can be stored and shown."""
-    return name.encode("utf-8", "backslashreplace").decode()
+    """Return `name` with bytes that are no UTF-8, line breaks and control codes as escapes, to be stored and shown."""
+    shown = name.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
 def _writable(cache: Path | str | None) -> Path | None:
@@ -261,7 +262,7 @@ def _note_files(images: pd.DataFrame) -> list[dict]:
             notes.append(
                 {"file": row.name, "note": f"holds {int(row.frames)} frames: only the first is read"}
             )
-        if "\\x" in row.name or "\\udc" in row.name:
+        if "\\udc" in row.name:
             notes.append({"file": row.name, "note": "its name is not UTF-8: a study would ask to rename it"})
     return notes
 
@@ -367,26 +368,34 @@ def _draw(thumbnail: bytes) -> str:
 def _find_overlap(
     ours: pd.DataFrame, theirs: pd.DataFrame, max_distance: int, min_correlation: float, pictures: bool
 ) -> dict:
-    """Say which of our images are in the other set too: identical, or the same picture resized or compressed again."""
-    overlap = {"identical_pictures": 0, "images": 0, "by_class": [], "pairs": []}
+    """Say which of our images are in the other set too: identical, or the same picture resized or compressed again.
+
+    `by_hash` counts what the perceptual hash alone takes for a copy, `shared` what the thumbnails confirm: chests are
+    alike, and among some ten million pairs a few hashes agree by chance.
+    """
+    overlap = {"identical_pictures": 0, "images": 0, "by_hash": 0, "by_class": [], "pairs": []}
     if ours.empty or theirs.empty:
         return overlap
     own, other = (fingerprints.stack_thumbnails(frame) for frame in (ours, theirs))
+    hashes, other_hashes = fingerprints.compute_phash(own), fingerprints.compute_phash(other)
     pairs = fingerprints.find_near_pairs(
-        fingerprints.compute_phash(own), own, max_distance, min_correlation,
-        against=(fingerprints.compute_phash(other), other),
-    )  # fmt: skip
+        hashes, own, max_distance, min_correlation, against=(other_hashes, other)
+    )
     best = pairs.sort_values("correlation", ascending=False, kind="stable").drop_duplicates("first")
-    identical = ours["pixel_sha256"].isin(theirs["pixel_sha256"])
-    found = ours.assign(shared=np.isin(np.arange(len(ours)), best["first"]) | identical.to_numpy())
-    by_class = found.groupby("label")["shared"].agg(["sum", "size"])
+    identical = ours["pixel_sha256"].isin(theirs["pixel_sha256"]).to_numpy()
+    found = ours[["label"]].assign(
+        shared=np.isin(np.arange(len(ours)), best["first"]) | identical,
+        by_hash=fingerprints.match_hashes(hashes, other_hashes, max_distance) | identical,
+        images=1,
+    )
+    by_class = found.groupby("label")[["shared", "by_hash", "images"]].sum()
     return {
         "identical_pictures": int(identical.sum()),
         "images": int(found["shared"].sum()),
-        "by_class": [{"label": label, "shared": int(row["sum"]), "images": int(row["size"])}
-                     for label, row in by_class.iterrows()],
+        "by_hash": int(found["by_hash"].sum()),
+        "by_class": by_class.reset_index().to_dict("records"),
         "pairs": _list_pairs(ours, theirs, best, pictures),
-    }  # fmt: skip
+    }
 
 
 # ---------------------------------------------------------------- what betrays the class
@@ -409,10 +418,8 @@ def _score_shortcuts(images: pd.DataFrame, groups: np.ndarray, trees: int, seed:
     if pd.Series(owner).groupby(part["label"].to_numpy()).nunique().min() < 2:
         return result | {"left_out": large, "classes": []}
     stored = pd.get_dummies(part[["format", "mode"]]).to_numpy(float)
-    views = {
-        "size and format of the file": np.hstack(
-            [part[[*fingerprints.SIZE_FEATURES, "bytes"]].to_numpy(float), stored]
-        ),
+    views = {  # not the size in bytes: what a picture shows decides how well it can be compressed
+        "size and format of the file": np.hstack([part[fingerprints.SIZE_FEATURES].to_numpy(float), stored]),
         "brightness and contrast": part[GREY].to_numpy(float),
         "border (outer sixteenth)": part[fingerprints.BORDER_FEATURES].to_numpy(float),
         "8 x 8 thumbnail": audit.shrink(fingerprints.stack_thumbnails(part), 8),
@@ -475,8 +482,9 @@ def _find_in_scores(report: dict) -> list[tuple[str, str, str]]:
     for row in shortcuts["scores"]:
         told = "note" if row["coarse"] else "warning"
         status = {"above chance": told, "undecided": "note"}.get(row["verdict"], "fine")
+        sentence = row["sentence"] if report["patients"] else row["sentence"].replace("patients", "images")
         score = f": {row['balanced_accuracy']:.2f} ({row['ci_low']:.2f} to {row['ci_high']:.2f}), chance {row['chance']:.2f}"
-        rows.append(("shortcut", status, row["sentence"] + ("" if row["verdict"] == "constant" else score)))
+        rows.append(("shortcut", status, sentence + ("" if row["verdict"] == "constant" else score)))
     if not shortcuts["scores"]:
         rows.append(
             ("shortcut", "note", f"not looked for: fewer than two classes with {FEWEST} images or more")
@@ -484,6 +492,8 @@ def _find_in_scores(report: dict) -> list[tuple[str, str, str]]:
     if against:
         shares = ", ".join(f"{row['shared']:,} of {row['images']:,} {row['label'] or 'images'}"
                            for row in against["by_class"] if row["shared"])  # fmt: skip
+        doubtful = against["by_hash"] - against["images"]
+        shares += f"; {doubtful:,} more by the hash alone, which the thumbnails do not confirm" if doubtful else ""
         rows.append(("overlap", "warning" if against["images"] else "fine",
                      f"{against['images']:,} image(s) are also in {against['path']}" + (f": {shares}" if shares else "")))  # fmt: skip
     return rows
