@@ -283,3 +283,12 @@ def test_pages_use_known_fragments_and_every_fragment_is_used():
 )
 def test_points(value, text):
     assert wording.format_points(value) == text
+
+
+def test_masks_of_other_sources_stay_out_of_the_headline(project):
+    home = {"model": "unet", "train_source": "lungs", "test_source": "lungs", "split": "test", "dice_per_image": 0.95}
+    rows = [{**home, "model": "mean-mask", "dice_per_image": 0.7}, home, {**home, "train_source": "phantom", "dice_per_image": 0.1},
+            {**home, "test_source": "phantom", "dice_per_image": 0.2}, {**home, "train_source": "lungs:10", "dice_per_image": 0.3}]
+    save(project / "data/results/phantom", segmentation=pd.DataFrame(rows))
+    row = results._measure_segmentation("phantom", results.Tables())
+    assert row[-2:] == ["mean mask 0.700", "`unet` 0.950"]
