@@ -118,3 +118,11 @@ def test_segment_says_what_is_wrong_in_one_line(films, capsys, change, says):
     assert cli.main(["segment", str(films / given["folder"]), *options]) == 2
     said = capsys.readouterr().err
     assert said.startswith("medaug: ") and says in said and said.count("\n") == 1
+
+
+def test_all_after_two_dashes_goes_to_snakemake(monkeypatch):
+    called = []
+    monkeypatch.setattr(cli.engine, "run_snakemake", lambda *given, **named: called.append(given) or 0)
+    assert cli.main(["run", "phantom", "--cores", "1", "--", "--until", "02-sd-lora"]) == 0
+    study, _, options, more = called[0]
+    assert study == "phantom" and options[-2:] == ["--cores", "1"] and more == ["--until", "02-sd-lora"]

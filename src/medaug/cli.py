@@ -48,7 +48,10 @@ look takes seconds. The page has no pictures unless you ask for them with --pict
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return the exit code (2 and one line on stderr for an error that the user can mend)."""
-    given = build_parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    here = words.index("--") if "--" in words else len(words)
+    given = build_parser().parse_args(words[:here])
+    given.snakemake = words[here + 1:]
     try:
         return given.command(given) or 0
     except KeyboardInterrupt:  # of a whole run, the Snakefile's `onerror` says it
@@ -82,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "run":
             word.add_argument("--cores", default="", help="CPU cores to use, or 'all' (on this machine: 2 by default)")
             word.add_argument("--profile", default="local", help="local, slurm, kubernetes, or a profile's folder")
-            word.add_argument("snakemake", nargs="*", help="more arguments for Snakemake, after --")
+            word.epilog = "Everything after -- goes to Snakemake: medaug run phantom --cores 2 -- --until 02-sd-lora"
     word = add("audit", audit, "Audit a folder of images: damaged files, copies, shortcuts, overlap.", study=False)
     word.epilog, word.formatter_class = AUDIT, argparse.RawDescriptionHelpFormatter
     word.add_argument("path", type=Path, metavar="PATH", help="what to audit (see below)")
