@@ -213,3 +213,12 @@ def test_clip_is_set_beside_the_network_of_the_same_study():
     found = claims.evaluate_claims({"phantom": {"classification.csv": runs}}).set_index("id")
     assert found.loc["0.27", "evidence"] == "phantom/04-clip-lora"
     assert "clip-lora 0.500 (1 seeds), small-cnn 0.750" in found.loc["0.27", "value"]
+
+
+def test_two_tasks_are_set_beside_one():
+    masks = pd.DataFrame([dict(model=m, split="test", dice_per_image=d) for m, d in (("unet", 0.91), ("multitask", 0.9))])
+    runs = pd.DataFrame([dict(model=m, split="test", macro_f1=f) for m, f in (("singletask", 0.5), ("multitask", 0.6))])
+    tables = {"segmentation.csv": masks, "classification.csv": runs}
+    found = claims.evaluate_claims({"phantom": tables}).set_index("id")
+    assert "Dice 0.900 with two tasks, 0.910 with one; macro F1 0.600" in found.loc["4.21", "value"]
+    assert claims.evaluate_claims({"phantom": {"segmentation.csv": masks}}).set_index("id").loc["4.21", "verdict"] == "not testable here"

@@ -567,7 +567,7 @@ def _validation_beside_test(claim, published, studies):
 
 def _rows(studies: Studies, study: str, table: str, **wanted) -> pd.DataFrame:
     """Return the rows of a study's table that have the `wanted` values (no rows where there is no such table)."""
-    used = ["arm", "model", "split", "seed", "loss", "val_loss", "macro_f1", "y_true", "y_pred"]
+    used = ["arm", "model", "split", "seed", "loss", "val_loss", "macro_f1", "dice_per_image", "y_true", "y_pred"]
     rows = studies.get(study, {}).get(table, pd.DataFrame(columns=used)).reindex(columns=used)
     for column, value in wanted.items():
         rows = rows[rows[column] == value]
@@ -617,6 +617,22 @@ def _predicts_noise(claim, published, studies):
         "phantom/02-sd-lora",
         f"yes, at a noise level drawn for each image; on fixed noise the loss goes from {first:.3f} to {last:.3f}",
     )
+
+
+@settles("4.21")
+def _two_tasks(claim, published, studies):
+    words = []
+    for word, table, column, alone in (
+        ("Dice", "segmentation.csv", "dice_per_image", "unet"),
+        ("macro F1", "classification.csv", "macro_f1", "singletask"),
+    ):
+        together, single = (
+            _rows(studies, "phantom", table, model=model, split="test")[column].mean() for model in ("multitask", alone)
+        )
+        if math.isnan(together) or math.isnan(single):
+            return None
+        words.append(f"{word} {together:.3f} with two tasks, {single:.3f} with one")
+    return Finding("answered", "phantom/06-segmentation", "same encoder, same steps: " + "; ".join(words))
 
 
 @settles("3.02")
