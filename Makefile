@@ -20,46 +20,46 @@ help: ## list these commands
 	@echo "  variables: STUDY=$(STUDY) DATA=/folder N=$(N) (cores) PROFILE=$(PROFILE) (slurm, kubernetes) PYTHON=$(PYTHON)"
 
 report: ## run the embedded study on simulated images, build the site, print where it is (about 8 minutes)
-	@$(MAKE) env
+	@$(MAKE) -s env
 	@$(BIN)/medaug run phantom --cores $(N)
 	@$(BIN)/medaug site --where phantom
 
 test: ## pass the tests
-	@$(MAKE) env
+	@$(MAKE) -s env
 	@$(BIN)/python -m pytest
 
 lab: ## step through the notebooks in JupyterLab
-	@$(MAKE) env
+	@$(MAKE) -s env
 	@$(BIN)/jupyter lab --notebook-dir notebooks
 
 study: ## run a study: make study STUDY=guangzhou-local DATA=/folder (N=cores, PROFILE=slurm)
-	@$(MAKE) env
+	@$(MAKE) -s env
 	@$(BIN)/medaug run $(STUDY) --data "$(DATA)" --profile $(PROFILE) $(if $(filter local,$(PROFILE)),--cores $(N))
 	@$(BIN)/medaug site --where $(STUDY)
 
 plan: ## show what a run of STUDY would do and why: time, disk, GPU hours; runs nothing
-	@$(MAKE) env
+	@$(MAKE) -s env
 	@$(BIN)/medaug plan $(STUDY) --data "$(DATA)"
 
 render: ## build the site from what has been run, without running anything
-	@$(MAKE) env
+	@$(MAKE) -s env
 	@$(BIN)/medaug site
 
 bench: ## measure our code beside the plain way, in alternation; rows go to bench/results/
-	@$(MAKE) env
+	@$(MAKE) -s env
 	@$(BIN)/python bench/run.py
 
 lint: ## check the style of the code, and that no notebook carries outputs
-	@$(MAKE) env
+	@$(MAKE) -s env
 	@$(BIN)/ruff check .
 	@$(BIN)/medaug strip --check
 
 publish: ## copy the results of STUDY to data/results/ (numbers; pictures only of simulated images)
-	@$(MAKE) env
+	@$(MAKE) -s env
 	@$(BIN)/medaug publish $(STUDY)
 
 foundations: ## train the small weights in data/foundations/ again (hours on a CPU, minutes on a GPU; resumes)
-	@$(MAKE) env
+	@$(MAKE) -s env
 	@mkdir -p runs/foundations
 	@HF_HUB_OFFLINE=1 MEDAUG_HEADLESS=1 $(BIN)/papermill --kernel python3 --cwd . \
 	  notebooks/00-foundations.ipynb runs/foundations/00-foundations.ipynb
