@@ -584,8 +584,8 @@ def _in_batch_labels(claim, published, studies):
             ("symmetric contrastive", "clip-lora-contrastive"),
         )
     }
-    if any(math.isnan(loss) for loss in losses.values()):
-        return None
+    if any(math.isnan(loss) for loss in losses.values()) or abs(losses["as published"] - math.log(4)) > 0.1:
+        return None  # no such runs, or they do not show what is said below
     listed = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
     return Finding(
         "corrected",
@@ -612,6 +612,8 @@ def _predicts_noise(claim, published, studies):
     if rows.empty:
         return None
     first, last = rows["val_loss"].iloc[[0, -1]]
+    if last >= first:
+        return None
     return Finding(
         "answered",
         "phantom/02-sd-lora",

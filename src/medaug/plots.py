@@ -32,7 +32,7 @@ GENERATOR_COLOURS = {
     "autoencoder": "#0072b2",
     "untuned": ARM_COLOURS["real+untuned"],
     "lora": ARM_COLOURS["real+synthetic"],
-    "full": "#0072b2",
+    "full": "#332288",
     "textual-inversion": "#009e73",
     "dreambooth": "#cc79a7",
     "lcm": "#56b4e9",
