@@ -252,6 +252,41 @@ def test_a_shifted_test_set_is_told_apart_and_an_equal_one_is_not():
 # ---------------------------------------------------------------- views
 
 
+def test_a_preparation_takes_out_a_shift_of_brightness_and_the_map_shows_where_one_lies():
+    rng = np.random.default_rng(3)
+    manifest = pd.DataFrame(
+        {
+            "label": np.tile(["a", "b"], 200),
+            "split": np.repeat(["train", "test"], [260, 140]),
+            "patient_id": np.arange(400),
+        }
+    )
+    pictures = rng.normal(100, 12, (400, 32, 32))
+    pictures[manifest["label"] == "b", 8:20, 8:20] += 25  # the class: a block that is brighter than the rest
+    pictures[manifest["split"] == "test"] += 30  # the shift: brighter films
+    images_u8 = pictures.clip(0, 255).astype(np.uint8)
+    features = {
+        name: audit.shrink(audit.prepare_images(images_u8, name), 16)
+        for name in ("as stored", "standardised")
+    }
+    table = audit.compare_preparations(features, manifest, ["a", "b"]).set_index("preparation")
+    assert table.loc["as stored", "auc"] > 0.95 and table.loc["as stored", "change"] == 0
+    assert table.loc["standardised", "auc"] < 0.65 and table.loc["standardised", "ci_high"] < 0
+    assert table["balanced_accuracy"].min() > 0.9  # the classes survive either
+    for name in audit.PREPARATIONS:
+        prepared = audit.prepare_images(images_u8[:3], name)
+        assert prepared.shape == (3, 32, 32) and 0 <= prepared.min() and prepared.max() <= 1.0001, name
+    with pytest.raises(ValueError, match="no preparation 'sharpened'"):
+        audit.prepare_images(images_u8[:1], "sharpened")
+
+    edges = rng.normal(100, 5, (200, 64, 64))
+    edges[100:, :16, :16] += 60 * (
+        np.arange(16) % 4 < 2
+    )  # stripes in the upper left corner of the second half
+    weights = audit.map_domain_weights(audit.embed_hog(edges), np.repeat([False, True], 100))
+    assert weights.shape == (7, 7) and max(np.unravel_index(weights.argmax(), weights.shape)) <= 1
+
+
 def test_views_hide_what_they_say_they_hide():
     images_u8 = draw_smooth(np.random.default_rng(9), 2, 32)
     masks = np.zeros((2, 32, 32), bool)
