@@ -222,3 +222,19 @@ def test_two_tasks_are_set_beside_one():
     found = claims.evaluate_claims({"phantom": tables}).set_index("id")
     assert "Dice 0.900 with two tasks, 0.910 with one; macro F1 0.600" in found.loc["4.21", "value"]
     assert claims.evaluate_claims({"phantom": {"segmentation.csv": masks}}).set_index("id").loc["4.21", "verdict"] == "not testable here"
+
+
+def test_eight_networks_are_ranked_only_where_all_eight_were_trained_with_several_seeds():
+    names = ["unet", "unetplusplus", "manet", "fpn", "pspnet", "pan", "deeplabv3", "deeplabv3plus"]
+    rows = [{"model": name, "seed": s, "train_source": "phantom", "test_source": "phantom", "split": "test",
+             "dice_per_image": 0.90 + 0.001 * k + 0.005 * s} for k, name in enumerate(names) for s in (0, 1)]  # fmt: skip
+
+    def settle(rows):
+        return claims.evaluate_claims({"phantom-full": {"segmentation.csv": pd.DataFrame(rows)}}).set_index("id").loc["4.20"]
+
+    found = settle(rows)
+    assert found["verdict"] == "answered" and "(deeplabv3plus)" in found["value"]
+    assert "differ by 0.0010, a change of seed moves a network by up to 0.0050" in found["value"]
+    for fewer in (rows[2:], [row for row in rows if row["seed"] == 0]):
+        assert settle(fewer)["verdict"] == "not testable here"
+    assert claims.evaluate_claims({}).set_index("id").loc["4.25", "verdict"] == "answered"

@@ -637,6 +637,32 @@ def _two_tasks(claim, published, studies):
     return Finding("answered", "phantom/06-segmentation", "same encoder, same steps: " + "; ".join(words))
 
 
+@settles("4.20")
+def _eight_networks(claim, published, studies):
+    names = ["unet", "unetplusplus", "manet", "fpn", "pspnet", "pan", "deeplabv3", "deeplabv3plus"]
+    for study in ("covid-segmentation", "covid", "phantom-full"):
+        rows = _rows(studies, study, "segmentation.csv", split="test")
+        rows = rows[rows["model"].isin(names) & (rows["train_source"] == rows["test_source"])] if len(rows) else rows
+        if len(rows) and rows["model"].nunique() == len(names) and rows["seed"].nunique() > 1:
+            means = rows.groupby("model")["dice_per_image"].mean().sort_values(ascending=False)
+            spread = rows.groupby("model")["dice_per_image"].agg(lambda dice: dice.max() - dice.min()).max()
+            value = (f"hard Dice per image {means.iloc[0]:.4f} ({means.index[0]}) to {means.iloc[-1]:.4f} ({means.index[-1]}); "
+                     f"first and second differ by {means.iloc[0] - means.iloc[1]:.4f}, a change of seed moves a network by "
+                     f"up to {spread:.4f}")
+            return Finding("answered", f"{study}/06-segmentation", value)
+    return None
+
+
+@settles("4.25")
+def _cited(claim, published, studies):
+    cited = "@article{zhou2021," in (paths.ROOT / "references.bib").read_text(encoding="utf-8")
+    told = "@zhou2021" in (paths.NOTEBOOKS / "06-segmentation.ipynb").read_text(encoding="utf-8")
+    if not (cited and told):
+        return None
+    value = "cited; that network reads volumes of breast ultrasound, the report's is a plain U-Net with a second head"
+    return Finding("answered", "phantom/06-segmentation", value)
+
+
 @settles("3.02")
 def _balancing(claim, published, studies):
     runs = _rows(studies, "guangzhou-local", "classification.csv", model="mobilenetv2-frozen", split="test")
