@@ -567,7 +567,20 @@ def _validation_beside_test(claim, published, studies):
 
 def _rows(studies: Studies, study: str, table: str, **wanted) -> pd.DataFrame:
     """Return the rows of a study's table that have the `wanted` values (no rows where there is no such table)."""
-    used = ["arm", "model", "split", "seed", "loss", "val_loss", "macro_f1", "dice_per_image", "y_true", "y_pred"]
+    used = [
+        "arm",
+        "model",
+        "split",
+        "seed",
+        "loss",
+        "val_loss",
+        "macro_f1",
+        "dice_per_image",
+        "y_true",
+        "y_pred",
+        "train_source",
+        "test_source",
+    ]
     rows = studies.get(study, {}).get(table, pd.DataFrame(columns=used)).reindex(columns=used)
     for column, value in wanted.items():
         rows = rows[rows[column] == value]
@@ -601,8 +614,12 @@ def _clip_beside_cnn(claim, published, studies):
         runs = {m: _rows(studies, study, "classification.csv", arm="real", model=m, split="test")
                 for m in ("clip-lora", network)}  # fmt: skip
         if not any(rows.empty for rows in runs.values()):
-            listed = ", ".join(f"{model} {rows['macro_f1'].mean():.3f} ({len(rows)} seeds)" for model, rows in runs.items())
-            return Finding("answered", f"{study}/04-clip-lora", f"macro F1 on the same test patients: {listed}")
+            listed = ", ".join(
+                f"{model} {rows['macro_f1'].mean():.3f} ({len(rows)} seeds)" for model, rows in runs.items()
+            )
+            return Finding(
+                "answered", f"{study}/04-clip-lora", f"macro F1 on the same test patients: {listed}"
+            )
     return None
 
 
@@ -629,7 +646,8 @@ def _two_tasks(claim, published, studies):
         ("macro F1", "classification.csv", "macro_f1", "singletask"),
     ):
         together, single = (
-            _rows(studies, "phantom", table, model=model, split="test")[column].mean() for model in ("multitask", alone)
+            _rows(studies, "phantom", table, model=model, split="test")[column].mean()
+            for model in ("multitask", alone)
         )
         if math.isnan(together) or math.isnan(single):
             return None
@@ -642,13 +660,19 @@ def _eight_networks(claim, published, studies):
     names = ["unet", "unetplusplus", "manet", "fpn", "pspnet", "pan", "deeplabv3", "deeplabv3plus"]
     for study in ("covid-segmentation", "covid", "phantom-full"):
         rows = _rows(studies, study, "segmentation.csv", split="test")
-        rows = rows[rows["model"].isin(names) & (rows["train_source"] == rows["test_source"])] if len(rows) else rows
+        rows = (
+            rows[rows["model"].isin(names) & (rows["train_source"] == rows["test_source"])]
+            if len(rows)
+            else rows
+        )
         if len(rows) and rows["model"].nunique() == len(names) and rows["seed"].nunique() > 1:
             means = rows.groupby("model")["dice_per_image"].mean().sort_values(ascending=False)
             spread = rows.groupby("model")["dice_per_image"].agg(lambda dice: dice.max() - dice.min()).max()
-            value = (f"hard Dice per image {means.iloc[0]:.4f} ({means.index[0]}) to {means.iloc[-1]:.4f} ({means.index[-1]}); "
-                     f"first and second differ by {means.iloc[0] - means.iloc[1]:.4f}, a change of seed moves a network by "
-                     f"up to {spread:.4f}")
+            value = (
+                f"hard Dice per image {means.iloc[0]:.4f} ({means.index[0]}) to {means.iloc[-1]:.4f} ({means.index[-1]}); "
+                f"first and second differ by {means.iloc[0] - means.iloc[1]:.4f}, a change of seed moves a network by "
+                f"up to {spread:.4f}"
+            )
             return Finding("answered", f"{study}/06-segmentation", value)
     return None
 
@@ -671,12 +695,16 @@ def _balancing(claim, published, studies):
     if not set(ways) <= set(means.index):
         return None
     listed = ", ".join(f"{way} {means[way]:.3f}" for way in ways)
-    return Finding("answered", "guangzhou-local/05-baselines", f"macro F1 of the frozen MobileNetV2: {listed}")
+    return Finding(
+        "answered", "guangzhou-local/05-baselines", f"macro F1 of the frozen MobileNetV2: {listed}"
+    )
 
 
 @settles("3.16")
 def _ill_called_normal(claim, published, studies):
-    rows = _rows(studies, "guangzhou-local", "predictions.parquet", arm="real", model="mobilenetv2", split="test")
+    rows = _rows(
+        studies, "guangzhou-local", "predictions.parquet", arm="real", model="mobilenetv2", split="test"
+    )
     if rows.empty:
         return None
     missed = rows[(rows["y_true"] != "normal") & (rows["y_pred"] == "normal")].groupby("seed").size()
