@@ -93,6 +93,20 @@ def test_a_split_mobilenet_computes_the_same(frozen_blocks):
     assert all(p.requires_grad for p in tail.parameters())
 
 
+@pytest.mark.parametrize(("name", "frozen_blocks"), [("vit-tiny", 8), ("beitv2-b", 12), ("dinov2-b", 4)])
+def test_a_split_transformer_computes_the_same(name, frozen_blocks):
+    torch.manual_seed(0)
+    model = build_classifier(name, 3, image_size=56).eval()
+    pixel_values = torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        whole = model(pixel_values)
+        size = classifiers.count_parameters(model)[1]
+        body, tail = split_model(model, frozen_blocks)
+        assert torch.allclose(tail.eval()(body(pixel_values)), whole, atol=1e-6)
+    assert classifiers.count_parameters(body, tail)[1] == size
+    assert body(pixel_values).ndim == 3 and not any(p.requires_grad for p in body.parameters())
+
+
 def test_networks_that_cannot_be_split_say_so():
     with pytest.raises(ValueError, match="AlexNet cannot be cut"):
         split_model(build_classifier("alexnet", 3), 2)
