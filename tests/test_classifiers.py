@@ -40,6 +40,12 @@ def test_small_networks_return_logits(name):
     assert model(torch.zeros(2, 1, 64, 64)).shape == (2, 3)
 
 
+@pytest.mark.parametrize(("name", "total"), [("cnn2", 25_695_459), ("cnn5", 507_427)])
+def test_the_networks_of_report_3_at_224_px(name, total):
+    with torch.device("meta"):
+        assert classifiers.count_parameters(build_classifier(name, 3, in_chans=3, image_size=224))[1] == total
+
+
 def test_small_cnn_has_95_thousand_parameters():
     assert classifiers.count_parameters(build_classifier("small-cnn", 3, in_chans=1)) == (95_427, 95_427)
 
