@@ -3,16 +3,23 @@
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from medaug import training
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
+import bench_features  # noqa: E402
 import bench_generation  # noqa: E402
 import bench_gpu  # noqa: E402
 import bench_lora  # noqa: E402
+import bench_statistics  # noqa: E402
+import bench_training  # noqa: E402
 import run  # noqa: E402
 
 
@@ -65,3 +72,47 @@ def test_the_distilled_model_is_timed_and_judged():
     comparison, = bench_generation.list_comparisons(distil_steps=1, films=40, judged=32)
     assert comparison.ours() > comparison.plain() > 0
     assert {"kid_ours", "kid_plain", "kid_floor"} <= set(comparison.extra(1.0))
+
+
+def test_kept_features_end_at_the_accuracy_of_the_plain_way(monkeypatch):
+    monkeypatch.setattr(bench_features, "EPOCHS", 2)
+    row = run.measure(*bench_features.list_comparisons(n=32, n_val=16), rounds=1)
+    assert row["accuracy_ours"] == pytest.approx(row["accuracy_plain"], abs=1 / 16) and row["median_ours"] > 0
+
+
+def test_both_ways_of_an_epoch_run():
+    comparison, = bench_training.list_comparisons(("resnet18",), n=32, n_val=8)
+    assert comparison.ours() > 0 and comparison.plain() > 0
+
+
+@pytest.fixture
+def little_world(monkeypatch):
+    """Small studies of a small pool; returns the pool and its features."""
+    for name, value in {"TRAIN": 20, "VAL": 10, "N_BOOT": 50, "SEEDS": 2, "PLAN": training.TrainingPlan(steps=6, evaluations=1)}.items():
+        monkeypatch.setattr(bench_statistics, name, value)
+    return bench_statistics.draw_pool(130)
+
+
+def test_a_null_study_has_labels_that_the_images_do_not_show(little_world):
+    pool, features = little_world
+    truth = pool.drop_duplicates("patient_id").set_index("patient_id")["label"]
+    for null in (False, True):
+        predictions = bench_statistics.simulate_study(pool, features, np.random.default_rng(0), 40, null)
+        assert set(predictions) == set(bench_statistics.ARMS)
+        tested = predictions["real"].drop_duplicates("patient_id")
+        agree = (tested["y_true"].to_numpy() == truth[tested["patient_id"]].to_numpy()).mean()
+        assert len(tested) == 40 and (agree < 0.6 if null else agree == 1)
+        again = bench_statistics.simulate_study(pool, features, np.random.default_rng(0), 40, null)
+        pd.testing.assert_frame_equal(predictions["oracle"], again["oracle"])
+    with pytest.raises(ValueError, match="draw a larger pool"):
+        bench_statistics.simulate_study(pool, features, np.random.default_rng(0), 70)
+
+
+def test_alarms_and_power_are_shares_with_exact_intervals(little_world, monkeypatch):
+    alarms = bench_statistics.count_alarms(*little_world, 2, 30)
+    assert 0 <= alarms["alarms_family_low"] <= alarms["alarms_family"] <= alarms["alarms_family_high"] <= 1
+    power = bench_statistics.measure_power(*little_world, 1, (10, 30))
+    assert {"power_10", "power_30", "gain"} <= set(power)
+    monkeypatch.setattr(bench_statistics, "decide", lambda predictions: ["helps", "hurts"])
+    with pytest.raises(AssertionError, match="6 false alarms"):
+        bench_statistics.count_alarms(*little_world, 6, 30)

@@ -66,6 +66,15 @@ def test_re_enacted_faults_refute(alone, claim):
     assert alone.loc[claim, "evidence"] == claims.CAUGHT
 
 
+def test_maps_are_a_claim_only_where_they_were_measured(alone):
+    assert alone.loc["0.34", "verdict"] == "not testable here"
+    runs = pd.DataFrame({"model": "small-cnn", "arm": ["real", "real", "oracle"], "cam_outside": [np.nan, 0.561, 0.4],
+                         "cam_outside_flat": [np.nan, 0.66, 0.66]})  # fmt: skip
+    found = claims.evaluate_claims({"phantom": {"classification.csv": runs}}).set_index("id").loc["0.34"]
+    assert found["verdict"] == "answered" and found["evidence"] == "phantom/05-baselines"
+    assert "56% of the attribution" in found["value"] and "66%" in found["value"]
+
+
 def test_the_effect_comes_from_the_verdict_table():
     row = dict(
         arm="real+synthetic",

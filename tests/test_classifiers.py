@@ -40,6 +40,12 @@ def test_small_networks_return_logits(name):
     assert model(torch.zeros(2, 1, 64, 64)).shape == (2, 3)
 
 
+@pytest.mark.parametrize(("name", "total"), [("cnn2", 25_695_459), ("cnn5", 507_427)])
+def test_the_networks_of_report_3_at_224_px(name, total):
+    with torch.device("meta"):
+        assert classifiers.count_parameters(build_classifier(name, 3, in_chans=3, image_size=224))[1] == total
+
+
 def test_small_cnn_has_95_thousand_parameters():
     assert classifiers.count_parameters(build_classifier("small-cnn", 3, in_chans=1)) == (95_427, 95_427)
 
@@ -91,6 +97,20 @@ def test_a_split_mobilenet_computes_the_same(frozen_blocks):
     assert torch.equal(tail.eval()(body(pixel_values)), model(pixel_values))
     assert not any(p.requires_grad for p in body.parameters())
     assert all(p.requires_grad for p in tail.parameters())
+
+
+@pytest.mark.parametrize(("name", "frozen_blocks"), [("vit-tiny", 8), ("beitv2-b", 12), ("dinov2-b", 4)])
+def test_a_split_transformer_computes_the_same(name, frozen_blocks):
+    torch.manual_seed(0)
+    model = build_classifier(name, 3, image_size=56).eval()
+    pixel_values = torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        whole = model(pixel_values)
+        size = classifiers.count_parameters(model)[1]
+        body, tail = split_model(model, frozen_blocks)
+        assert torch.allclose(tail.eval()(body(pixel_values)), whole, atol=1e-6)
+    assert classifiers.count_parameters(body, tail)[1] == size
+    assert body(pixel_values).ndim == 3 and not any(p.requires_grad for p in body.parameters())
 
 
 def test_networks_that_cannot_be_split_say_so():

@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import torch
 
-from medaug import paths, studies
+from medaug import classifiers, paths, studies
 
 PARAMETERS = {
     "01-data-audit": 'study = "phantom"\nseed = 0\nsource = "phantom"  # where from\ndata = ""\nfolder = ""\n'
@@ -132,3 +133,33 @@ def test_every_study_that_ships_is_right(name):
 def test_the_embedded_study_is_the_notebooks_own_defaults():
     for notebook in studies.list_notebooks("phantom"):
         assert studies.resolve_parameters("phantom", notebook) == studies.read_parameters(notebook)
+
+
+@pytest.mark.parametrize("name", [n for n in studies.list_studies() if "05-baselines" in studies.list_notebooks(n)])
+def test_every_network_of_a_study_can_be_built_and_cut(name):
+    """On the meta device: no memory and no weights. Their sizes are asserted in test_classifiers.py."""
+    parameters = studies.resolve_parameters(name, "05-baselines")
+    for model, own in parameters["models"].items():
+        unknown = set(own) - {"network", "weights", "frozen", "size", "channels", "mean", "std", "steps", "batch_size", "learning_rate",
+                              "weight_decay", "optimizer", "schedule", "arms"}
+        assert not unknown, f"{model}: {unknown}"
+        assert set(own.get("arms", [])) <= set(parameters["arms"])
+        assert all(isinstance(value, float) for key in ("learning_rate", "weight_decay") for value in own[key]), model
+        if own["network"] == "clip":
+            continue
+        with torch.device("meta"):
+            network = classifiers.build_classifier(own["network"], len(parameters["classes"]), "none", own["channels"], own["size"])
+            if own["frozen"] not in (0, "all"):
+                body, tail = classifiers.split_model(network, own["frozen"])
+                assert classifiers.count_parameters(body)[0] == 0 < classifiers.count_parameters(tail)[0]
+
+
+@pytest.mark.parametrize("name", [n for n in studies.list_studies() if "07-verdict" in studies.list_notebooks(n)])
+def test_the_primary_model_of_a_study_meets_its_family(name):
+    """The endpoint's model is trained, on both sides of every comparison of the family, with images enough for the ratio."""
+    trained, verdict = (studies.resolve_parameters(name, notebook) for notebook in ("05-baselines", "07-verdict"))
+    own = trained["models"][verdict["primary_model"]]
+    assert {arm for pair in verdict["family"] for arm in pair} <= set(own.get("arms", trained["arms"]))
+    assert verdict["ratio"] == trained["ratio"] and verdict["classes"] == trained["classes"]
+    made = studies.resolve_parameters(name, "03-generation")
+    assert trained["generator"] in made["generators"] and set(trained["generator_seeds"]) <= set(made["generator_seeds"])

@@ -78,10 +78,11 @@ class Killed(Exception):
     pass
 
 
-def test_a_killed_run_goes_on_and_ends_at_the_same_weights(tmp_path, monkeypatch):
-    augmented = make_discs(64)
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "adam", "schedule": "cosine"}])
+def test_a_killed_run_goes_on_and_ends_at_the_same_weights(tmp_path, monkeypatch, changes):
+    augmented, plan = make_discs(64), TrainingPlan(**{**PLAN.__dict__, **changes})
     augmented = Examples(augmented.inputs, augmented.labels, augment=np.arange(64) % 2 == 0)
-    model, history = train_small(augmented)
+    model, history = train_small(augmented, plan)
     take_step = training._Trainer.take_step
     seen = []
 
@@ -94,9 +95,9 @@ def test_a_killed_run_goes_on_and_ends_at_the_same_weights(tmp_path, monkeypatch
     monkeypatch.setattr(training._Trainer, "take_step", kill_at_step_10)
     file = tmp_path / "run.safetensors"
     with pytest.raises(Killed):
-        train_small(augmented, checkpoint=file)
+        train_small(augmented, plan, checkpoint=file)
     assert file.exists()
-    resumed, resumed_history = train_small(augmented, checkpoint=file)
+    resumed, resumed_history = train_small(augmented, plan, checkpoint=file)
     assert seen[-4:] == [8, 9, 10, 11] and not file.exists()
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), resumed.state_dict().values(), strict=True))
     assert history.equals(resumed_history)
@@ -150,6 +151,23 @@ def test_data_that_cannot_be_trained_on_is_an_error():
         fit_classifier(make_model(), Examples(good.inputs, good.labels * 0), good, PLAN, GREY)
     with pytest.raises(ValueError, match="no schedule 'step'"):
         fit_classifier(make_model(), good, good, TrainingPlan(schedule="step"), GREY)
+    with pytest.raises(ValueError, match="no optimizer 'sgd': choose adamw or adam"):
+        fit_classifier(make_model(), good, good, TrainingPlan(optimizer="sgd"), GREY)
+
+
+def test_cosine_falls_from_the_peak_to_zero():
+    plan = TrainingPlan(steps=8, batch_size=8, learning_rate=1e-3, schedule="cosine", optimizer="adam", evaluations=8)
+    rates = train_small(plan=plan)[1]["learning_rate"].to_numpy()
+    assert rates == pytest.approx(5e-4 * (1 + np.cos(np.pi * np.arange(1, 9) / 8)), abs=1e-12)
+
+
+def test_weight_decay_is_a_penalty_in_adam_and_a_shrinking_in_adamw():
+    """Without a gradient from the data, AdamW shrinks each weight by its share; Adam steps by the rate, whatever its size."""
+    for optimizer, left in (("adamw", [0.95, 1.9]), ("adam", [0.9, 1.9])):
+        weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+        weight.grad = torch.zeros(2)
+        training._build_optimizer([weight], TrainingPlan(learning_rate=0.1, weight_decay=0.5, optimizer=optimizer)).step()
+        assert weight.tolist() == pytest.approx(left)
 
 
 def test_row_weights_count_in_the_loss():

@@ -717,6 +717,22 @@ def _ill_called_normal(claim, published, studies):
     )
 
 
+@settles("0.34")
+def _maps(claim, published, studies):
+    for study, tables in studies.items():
+        runs = tables.get("classification.csv", pd.DataFrame()).reindex(columns=["model", "arm", "cam_outside", "cam_outside_flat"])
+        runs = runs[runs["arm"] == "real"].dropna()
+        if len(runs):
+            row = runs.iloc[0]
+            return Finding(
+                "answered",
+                f"{study}/05-baselines",
+                f"the repository has none; the maps of {row['model']} here: {row['cam_outside']:.0%} of the attribution lies "
+                f"outside the lungs, of a flat map {row['cam_outside_flat']:.0%}",
+            )
+    return None
+
+
 # -- faults re-enacted --------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from safetensors.torch import load_file
-from timm.layers import SelectAdaptivePool2d
+from timm.layers import SelectAdaptivePool2d, global_pool_nlc
 from torch import Tensor, nn
 
 from medaug.paths import resolve_model
@@ -158,19 +158,54 @@ def split_head(model: nn.Module) -> nn.Module:
 def split_model(model: nn.Module, frozen_blocks: int) -> tuple[nn.Module, nn.Module]:
     """Cut `model` after its first `frozen_blocks` blocks: (frozen body, tail), tail(body(x)) == model(x).
 
-    For plain chains and for torchvision's MobileNetV2 (19 blocks) and EfficientNets. The body stays in eval
+    For plain chains, for torchvision's MobileNetV2 (19 blocks) and EfficientNets, and for timm's transformers (12
+    blocks of DINOv2-B and BEiTv2-B, whose embedding of patches is frozen with the first). The body stays in eval
     mode, so that its activations may be kept (`extract_features`) and never computed again.
     """
+    before: list[nn.Module] = []
     if isinstance(model, nn.Sequential):
         blocks, rest = list(model), []
+    elif isinstance(model, timm.models.VisionTransformer | timm.models.Beit):
+        before, blocks, rest = _cut_transformer(model)
     elif isinstance(model, torchvision.models.MobileNetV2 | torchvision.models.EfficientNet):
         blocks, rest = list(model.features), [nn.AdaptiveAvgPool2d(1), nn.Flatten(), *model.classifier]
     else:
         raise ValueError(f"{type(model).__name__} cannot be cut into blocks: freeze nothing (0) or all of it")
     if not 0 < frozen_blocks <= len(blocks):
         raise ValueError(f"{type(model).__name__} has {len(blocks)} blocks, so {frozen_blocks} cannot be frozen")
-    body, tail = nn.Sequential(*blocks[:frozen_blocks]), nn.Sequential(*blocks[frozen_blocks:], *rest)
+    body, tail = nn.Sequential(*before, *blocks[:frozen_blocks]), nn.Sequential(*blocks[frozen_blocks:], *rest)
     return body.eval().requires_grad_(False), tail
+
+
+class _Tokens(nn.Module):
+    """The first part of a timm transformer: patches, class token and positions, (N, C, H, W) -> (N, L, D)."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.model.forward_features(pixel_values)
+
+
+class _PoolTokens(nn.Module):
+    """One vector of all tokens, as the network itself pools them: (N, L, D) -> (N, D)."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.pool_type, self.prefix = model.global_pool, model.num_prefix_tokens
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return global_pool_nlc(tokens, self.pool_type, num_prefix_tokens=self.prefix)
+
+
+def _cut_transformer(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
+    """Return what stands before a timm transformer's blocks, the blocks, and what follows; `model` is taken apart."""
+    blocks = list(model.blocks)
+    rest = [model.norm, _PoolTokens(model), model.fc_norm, model.head_drop, model.head]
+    model.blocks = nn.Sequential()
+    model.norm = model.fc_norm = model.head = nn.Identity()
+    return [_Tokens(model)], blocks, rest
 
 
 def count_parameters(*models: nn.Module) -> tuple[int, int]:

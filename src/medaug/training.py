@@ -25,13 +25,14 @@ from medaug.runtime import replace_when_done
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How one classifier is trained: `steps` AdamW steps, whatever the number of images."""
+    """How one classifier is trained: `steps` optimiser steps, whatever the number of images."""
 
     steps: int = 400
     batch_size: int = 32
     learning_rate: float = 1e-3  # the peak of the schedule
     weight_decay: float = 1e-2
-    schedule: str = "one-cycle"  # or "constant"
+    schedule: str = "one-cycle"  # "cosine" (no warming up, to zero) or "constant"
+    optimizer: str = "adamw"  # or "adam", whose weight decay is an L2 penalty (the reports' choice)
     evaluations: int = 10  # times that validation is scored on the way; the best macro F1 is kept
     bf16: bool = False  # bfloat16 autocast
     seed: int = 0
@@ -221,7 +222,7 @@ class _Trainer:
         self.model = model.to(device).to(memory_format=torch.channels_last)
         self.plan, self.preprocessing, self.device = plan, preprocessing, device
         trainable = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trainable, plan.learning_rate, weight_decay=plan.weight_decay, fused=True)
+        self.optimizer = _build_optimizer(trainable, plan)
         self.scheduler = _build_schedule(self.optimizer, plan)
         self.step, self.parts, self.history, self.best = 0, 1, [], None
 
@@ -314,13 +315,22 @@ class _Trainer:
         self.scheduler.last_epoch = card["last_epoch"]
 
 
+def _build_optimizer(parameters: list[nn.Parameter], plan: TrainingPlan) -> torch.optim.Optimizer:
+    known = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+    if plan.optimizer not in known:
+        raise ValueError(f"no optimizer '{plan.optimizer}': choose adamw or adam")
+    return known[plan.optimizer](parameters, plan.learning_rate, weight_decay=plan.weight_decay, fused=True)
+
+
 def _build_schedule(optimizer: torch.optim.Optimizer, plan: TrainingPlan) -> torch.optim.lr_scheduler.LRScheduler:
     if plan.schedule == "one-cycle":
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, plan.learning_rate, total_steps=plan.steps + 1,
                                                    pct_start=0.2, cycle_momentum=False)
+    if plan.schedule == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, plan.steps)
     if plan.schedule == "constant":
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    raise ValueError(f"no schedule '{plan.schedule}': choose one-cycle or constant")
+    raise ValueError(f"no schedule '{plan.schedule}': choose one-cycle, cosine or constant")
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
