@@ -32,7 +32,7 @@ UPSTREAM = {
     "01-data-audit": [],
     "02-sd-lora": ["00-foundations", "01-data-audit"],
     "03-generation": ["01-data-audit", "02-sd-lora"],
-    "04-clip-lora": ["00-foundations", "01-data-audit"],
+    "04-clip-lora": ["00-foundations", "01-data-audit", "03-generation"],
     "05-baselines": ["01-data-audit", "03-generation"],
     "06-segmentation": ["01-data-audit"],
 }
@@ -46,8 +46,8 @@ PRODUCTS = {
 READS = {
     "07-verdict": ["data/claims.csv"],
 }
-# The longest chain goes first: 04 and 06 need one core each and fit beside 05.
-PRIORITY = {"00-foundations": 4, "02-sd-lora": 3, "03-generation": 2, "05-baselines": 1}
+# The longest chain goes first, and of its end the two longest: 04 beside 05, each on one core, then 06.
+PRIORITY = {"00-foundations": 4, "02-sd-lora": 3, "03-generation": 2, "04-clip-lora": 1, "05-baselines": 1}
 VERDICT = "07-verdict"
 ON_GPU = {name for name in STORY if name not in ("01-data-audit", VERDICT)}
 

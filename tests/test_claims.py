@@ -44,6 +44,7 @@ def test_every_claim_has_a_line_and_nothing_without_evidence_is_settled(alone):
         ("0.18", "refuted", "ln 2"),
         ("0.25", "reproduced", "0.3750 / 0.5000 / 0.2727 / 0.6931"),
         ("0.26", "corrected", "37.5% are right"),
+        ("0.29", "corrected", "the training table has 3 epochs"),
         ("2.02", "reproduced", "12,291"),
         ("2.11", "corrected", "34.49, 50.67"),
         ("2.13", "reproduced", "p = 0.24"),
@@ -199,7 +200,7 @@ def test_counts_come_from_the_audit():
 
 def test_training_losses_and_missed_patients_come_from_the_tables():
     history = pd.DataFrame(
-        [dict(model=m, seed=0, loss=loss, val_loss=v) for m, loss, v in (
+        [dict(model=m, arm="real", seed=0, loss=loss, val_loss=v) for m, loss, v in (
             ("clip-lora-in-batch-index", 1.38, None), ("clip-lora", 0.5, None), ("clip-lora-contrastive", 0.7, None),
             ("lora", 0.3, 0.30), ("lora", 0.2, 0.25))]
     )  # fmt: skip
@@ -222,6 +223,26 @@ def test_clip_is_set_beside_the_network_of_the_same_study():
     found = claims.evaluate_claims({"phantom": {"classification.csv": runs}}).set_index("id")
     assert found.loc["0.27", "evidence"] == "phantom/04-clip-lora"
     assert "clip-lora 0.500 (1 seeds), small-cnn 0.750" in found.loc["0.27", "value"]
+
+
+def test_clip_claims_come_from_the_arm_real_and_the_first_study_that_has_both():
+    scores = {"clip-linear-probe": 0.52, "clip-linear-probe-squashed": 0.48, "clip-lora": 0.44, "clip-lora-float32": 0.45}
+    runs = pd.DataFrame([dict(arm="real", model=m, split="test", seed=0, fraction=1.0, macro_f1=f) for m, f in scores.items()])
+    more = pd.DataFrame([dict(arm="real+synthetic", model="clip-lora", split="test", seed=0, macro_f1=0.9)])
+    runs = pd.concat([runs, more])
+    found = claims.evaluate_claims({"phantom": {"classification.csv": runs}}).set_index("id")
+    assert "0.520 (1 run(s)) and 0.480 (1 run(s)); simulated films are square" in found.loc["0.21", "value"]
+    assert "0.440 (1 run(s)) and 0.450" in found.loc["0.22", "value"]
+    both = {"phantom": {"classification.csv": runs}, "guangzhou-local": {"classification.csv": runs}}
+    assert claims.evaluate_claims(both).set_index("id").loc["0.21", "evidence"] == "guangzhou-local/04-clip-lora"
+    assert claims.evaluate_claims({}).set_index("id").loc["0.22", "verdict"] == "not testable here"
+
+
+def test_the_effect_on_clip_is_told_beside_the_endpoints():
+    row = dict(arm="real+synthetic", control="real", metric="macro_f1", delta=0.012, ci_low=-0.003, ci_high=0.027)
+    rows = [row | dict(model=m, family=f) for m, f in (("small-cnn", True), ("clip-lora", False), ("clip-probe", False))]
+    value = claims.evaluate_claims({"phantom": {"verdict.csv": pd.DataFrame(rows)}}).set_index("id").loc["0.24", "value"]
+    assert "phantom, small-cnn" in value and "phantom, clip-lora" in value and "clip-probe" not in value
 
 
 def test_two_tasks_are_set_beside_one():

@@ -136,6 +136,12 @@ def test_a_prompt_set_that_does_not_fit_the_classes_is_named(prompts, message):
         clips.check_prompt_sets({**PROMPTS, "bad": prompts}, CLASSES)
 
 
+def test_labels_become_class_indices_and_a_strange_one_is_named():
+    assert clips.index_labels(["viral", "normal", "viral"], CLASSES).tolist() == [2, 0, 2]
+    with pytest.raises(ValueError, match=r"label\(s\) covid are not among the classes normal, bacterial, viral"):
+        clips.index_labels(["normal", "covid"], CLASSES)
+
+
 def test_tokens_are_counted_before_they_are_cut(processor):
     short, long = clips.count_tokens(processor, ["a", "viral pneumonia " * 40])
     assert short < processor.tokenizer.model_max_length < long
@@ -192,8 +198,23 @@ def test_the_published_targets_are_caught_by_name():
 
 
 def test_targets_that_match_nothing_at_all_are_refused(clip):
-    with pytest.raises(ValueError, match="nothing_such"):
+    with pytest.raises(ValueError, match=r"LoRA target\(s\) nothing_such match no layer of this CLIP: its layers are called self_attn.q_proj"):
         clips.add_lora(clip, 2, 4, ["nothing_such"])
+
+
+def test_what_was_trained_is_put_back_into_a_model_built_alike(clip, processor, films):
+    blank = CLIPModel(clip.config).eval()
+    blank.load_state_dict(clip.state_dict())
+    other = CLIPModel(clip.config)
+    clips.add_lora(clip, 2, 4)
+    fit(clip, processor, films)
+    weights = clips.copy_trained(clip)
+    clips.add_lora(blank, 2, 4, seed=9)
+    again = clips.load_trained(blank, weights).eval()
+    assert np.array_equal(*[clips.predict_probs(m, processor, films[0], CAPTIONS) for m in (clip, again)])
+    clips.add_lora(other, 2, 4, ["mlp.fc1"])
+    with pytest.raises(KeyError, match="build it with the same adapter"):
+        clips.load_trained(other, weights)
 
 
 # -- the frozen layers, computed once ----------------------------------------------------------------------------------
@@ -324,6 +345,21 @@ def test_a_killed_run_resumes_to_the_same_weights(clip, processor, films, tmp_pa
     assert again.to_csv() == whole.to_csv()
 
 
+def test_float16_takes_all_its_steps_and_resumes(clip, processor, films, tmp_path, monkeypatch):
+    """The first scale of a GradScaler overflows now and then: such a step is taken again, never left out."""
+    clips.add_lora(clip, 2, 4)
+    start = {name: p.clone() for name, p in clip.state_dict().items()}
+    history, _ = fit(clip, processor, films)
+    clip.load_state_dict(start)
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, init_scale=2.0**40, enabled=enabled))
+    half, _ = fit(clip, processor, films, tmp_path / "run.safetensors", mixed_precision="fp16")
+    assert np.allclose(history["loss"], half["loss"], rtol=0.02) and history.to_csv() != half.to_csv()
+    clip.load_state_dict(start)
+    again, _ = fit(clip, processor, films, tmp_path / "run.safetensors", mixed_precision="fp16")
+    assert again.to_csv() == half.to_csv()
+
+
 def test_another_plan_does_not_take_the_old_checkpoint(clip, processor, films, tmp_path):
     clips.add_lora(clip, 2, 4)
     start = {name: p.clone() for name, p in clip.state_dict().items()}
@@ -397,3 +433,41 @@ def test_probe_chooses_its_strength_on_validation(clip, processor, films):
     best = tried.loc[tried["val_macro_f1"].idxmax()]
     assert probe[-1].C == best["C"] and best["val_macro_f1"] > 0.8
     assert probe.predict_proba(features[45:]).shape == (15, 3)
+
+
+def test_neighbours_vote_and_their_number_is_chosen_on_validation(clip, processor, films):
+    features = clips.embed_dataset(clip, processor, films[0], project=False)
+    vote, tried = clips.fit_knn(features[:45], films[1][:45], features[45:], films[1][45:], (1, 5, 900))
+    assert tried["neighbours"].tolist() == [1, 5], "more neighbours than images are left out"
+    assert vote[-1].n_neighbors == tried.loc[tried["val_macro_f1"].idxmax(), "neighbours"]
+    assert np.allclose(vote.predict_proba(features[45:] * 3), vote.predict_proba(features[45:])), "by cosine: length does not matter"
+    with pytest.raises(ValueError, match=r"neighbours \[900\] are all more than the 45 training images"):
+        clips.fit_knn(features[:45], films[1][:45], features[45:], films[1][45:], (900,))
+
+
+# -- where it looks ----------------------------------------------------------------------------------------------------
+
+
+def test_attention_maps_find_the_patch_that_decides(processor):
+    """Classes that differ in one bright patch: after training, more relevance lies there than before."""
+    torch.manual_seed(0)
+    config = foundations.build_clip(processor.tokenizer, image_size=16, patch_size=4).config
+    for tower in (config.vision_config, config.text_config):
+        tower.hidden_size, tower.intermediate_size, tower.num_attention_heads, tower.num_hidden_layers = 32, 64, 2, 2
+    config._attn_implementation = "sdpa"
+    clip = CLIPModel(config)
+    rng = np.random.default_rng(0)
+    labels, images_u8 = np.arange(48) % 3, rng.integers(0, 60, (48, 16, 16)).astype(np.uint8)
+    inside = np.zeros((48, 16, 16), bool)
+    for label, (top, left) in enumerate([(0, 0), (4, 8), (12, 4)]):
+        inside[labels == label, top:top + 4, left:left + 4] = True
+    images_u8[inside] += 150
+    untrained = clips.explain_attention(clip, processor, images_u8, CAPTIONS, labels)
+    clip.requires_grad_(True)
+    plan = clips.ClipPlan(steps=80, batch_size=24, learning_rate=3e-3, evaluate_every=80)
+    history, _ = clips.fit_clip(clip, processor, images_u8, labels, CAPTIONS, plan, (images_u8, labels))
+    assert history["val_macro_f1"].iloc[-1] > 0.9
+    maps = clips.explain_attention(clip, processor, images_u8, CAPTIONS, labels)
+    assert maps.shape == (48, 16, 16) and maps.min() >= 0 and np.allclose(maps.sum((1, 2)), 1, atol=1e-4)
+    assert maps[inside].sum() > 1.5 * untrained[inside].sum()
+    assert clip.config._attn_implementation == "sdpa"

@@ -1,4 +1,4 @@
-"""Read images with CLIP: zero-shot by prompts, LoRA under two losses, a linear probe, and what exactly is trained.
+"""Read images with CLIP: zero-shot by prompts, LoRA under two losses, baselines, attention maps, what exactly is trained.
 
 A caption stands for a class throughout: row k of `text_embeds` is the text of class k, and the logits are the scaled
 cosine similarities of an image with the k captions (Radford et al. 2021, section 3.1.2).
@@ -21,8 +21,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score, recall_score
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import Normalizer, StandardScaler
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 from transformers.utils import logging
@@ -41,6 +42,7 @@ REFERENCE_CONFIG = {
 LORA_TARGETS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.fc1", "mlp.fc2")
 RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, as a processor's config gives them
 MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
+PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # accelerate's words for autocast
 
 
 # -- the model and what is trained in it -------------------------------------------------------------------------------
@@ -84,16 +86,24 @@ def add_lora(clip: CLIPModel, rank: int, lora_alpha: float, target_modules: Sequ
     """Freeze `clip` and add a LoRA adapter (Hu et al. 2021) in place; return `modules` and the parameter counts.
 
     `target_modules` are endings of module names in both towers, or one regular expression (to adapt one tower);
-    `layers` keeps to those layer numbers. A is drawn from `seed`, B is zero, so a fresh adapter changes nothing. peft
-    is silent when only a part of the list matches: follow with `guards.check_lora_coverage`.
+    `layers` keeps to those layer numbers (none: all; a regular expression names its own). A is drawn from `seed`, B is
+    zero, so a fresh adapter changes nothing. Raises ValueError where no target matches; where only a part of the list
+    does, peft is silent: follow with `guards.check_lora_coverage`.
     """
     clip.requires_grad_(False)
-    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    by_pattern = isinstance(target_modules, str)
+    config = LoraConfig(r=rank, lora_alpha=lora_alpha, lora_dropout=dropout,
+                        target_modules=target_modules if by_pattern else list(target_modules),
+                        layers_to_transform=list(layers) if layers and not by_pattern else None)
     device = next(clip.parameters()).device
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(seed)
-        clip.add_adapter(LoraConfig(r=rank, lora_alpha=lora_alpha, lora_dropout=dropout, target_modules=targets,
-                                    layers_to_transform=None if layers is None else list(layers)))
+        try:
+            clip.add_adapter(config)
+        except ValueError as error:
+            wanted = target_modules if by_pattern else ", ".join(target_modules)
+            raise ValueError(f"LoRA target(s) {wanted} match no layer of this CLIP: its layers are called "
+                             f"{', '.join(LORA_TARGETS)} (see named_modules())") from error
     for parameter in clip.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # adapters train in float32 whatever the base is
@@ -107,6 +117,21 @@ def count_frozen_layers(clip: CLIPModel) -> int:
         return 0
     layers = vision.encoder.layers
     return next((depth for depth, layer in enumerate(layers) if _trains(layer)), len(layers))
+
+
+def copy_trained(clip: CLIPModel) -> dict[str, Tensor]:
+    """Return copies, on the CPU, of all that trains in `clip`: an adapter is small where its model is not."""
+    return {name: p.detach().cpu().clone() for name, p in clip.named_parameters() if p.requires_grad}
+
+
+def load_trained(clip: CLIPModel, weights: Mapping[str, Tensor]) -> CLIPModel:
+    """Put `copy_trained` weights into a model that was built alike, and return it; KeyError for any other model."""
+    trains = {name: p for name, p in clip.named_parameters() if p.requires_grad}
+    if trains.keys() != weights.keys():
+        raise KeyError(f"the weights train {len(weights)} tensors, this model {len(trains)}: build it with the same adapter")
+    for name, parameter in trains.items():
+        parameter.data.copy_(weights[name])
+    return clip
 
 
 def _trains(module: nn.Module) -> bool:
@@ -166,10 +191,27 @@ def embed_images(clip: CLIPModel, processor: CLIPProcessor, images: Images, proj
     else:
         pixel_values = preprocess_images(images, processor).to(clip.device, clip.dtype)
         hidden, start = vision.pre_layrnorm(vision.embeddings(pixel_values)), 0  # (N, tokens, width)
-    for layer in vision.encoder.layers[start:]:
+    layers = vision.encoder.layers[start:]
+    for layer in layers[:-1]:
         hidden = layer(hidden, None)
+    hidden = _end_layer(layers[-1], hidden) if len(layers) else hidden
     features = vision.post_layernorm(hidden[:, 0])  # (N, width): the class token
     return F.normalize(clip.visual_projection(features).float(), dim=-1) if project else features.float()
+
+
+def _end_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
+    """Run a layer for the class token alone, all that is read of the last one: (N, tokens, width) -> (N, 1, width).
+
+    The same sums as the layer's own, without those that nobody asks for: four fifths of the layer.
+    """
+    attention, normed = layer.self_attn, layer.layer_norm1(hidden)
+    queries, keys, values = (
+        projection(x).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # (N, heads, 1 or tokens, head_dim)
+        for projection, x in ((attention.q_proj, normed[:, :1]), (attention.k_proj, normed), (attention.v_proj, normed)))
+    weights = (queries @ keys.transpose(-1, -2) * attention.scale).softmax(-1).to(values.dtype)  # (N, heads, 1, tokens)
+    mixed = F.dropout(weights, attention.dropout, attention.training) @ values
+    hidden = hidden[:, :1] + attention.out_proj(mixed.transpose(1, 2).flatten(2))
+    return hidden + layer.mlp(layer.layer_norm2(hidden))
 
 
 def embed_texts(clip: CLIPModel, processor: CLIPProcessor, captions: Sequence[str]) -> Tensor:
@@ -219,12 +261,22 @@ def embed_dataset(clip: CLIPModel, processor: CLIPProcessor, images: Images, pro
 
 
 def _autocast(clip: CLIPModel, mixed_precision: str) -> torch.autocast:
-    if mixed_precision not in ("no", "bf16"):
-        raise ValueError(f"mixed_precision '{mixed_precision}' is not supported: use no or bf16")
-    return torch.autocast(clip.device.type, torch.bfloat16, enabled=mixed_precision == "bf16")
+    if mixed_precision not in PRECISIONS:
+        raise ValueError(f"mixed_precision '{mixed_precision}' is not supported: use {', '.join(PRECISIONS)}")
+    dtype = PRECISIONS[mixed_precision]
+    return torch.autocast(clip.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 # -- reading by prompts ------------------------------------------------------------------------------------------------
+
+
+def index_labels(labels: Sequence[str], classes: Sequence[str]) -> np.ndarray:
+    """Return class indices (N,) of label names; ValueError that names the labels which are no class."""
+    unknown = sorted({str(label) for label in labels} - set(classes))
+    if unknown:
+        raise ValueError(f"label(s) {', '.join(unknown)} are not among the classes {', '.join(classes)}: add them to "
+                         "`classes` and to every prompt set, or leave their images out of the manifest")
+    return np.array([list(classes).index(label) for label in labels], dtype=np.int64)
 
 
 def check_prompt_sets(prompt_sets: Mapping[str, Mapping[str, str]], classes: Sequence[str]) -> None:
@@ -329,7 +381,7 @@ class ClipPlan:
     max_grad_norm: float = 1.0
     loss: str = "class-prompt"  # a name in LOSSES
     evaluate_every: int = 30  # steps between two rows of the history
-    mixed_precision: str = "no"  # or "bf16"
+    mixed_precision: str = "no"  # a name in PRECISIONS; weights and optimiser stay in float32
     seed: int = 0
 
 
@@ -346,8 +398,10 @@ def fit_clip(clip: CLIPModel, processor: CLIPProcessor, images: Images, labels: 
     _check_fit(clip, images, labels, captions, plan)
     weights = {name: p for name, p in clip.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(weights.values(), lr=plan.learning_rate, weight_decay=plan.weight_decay)
+    scaler = torch.amp.GradScaler(clip.device.type, enabled=plan.mixed_precision == "fp16")
     fingerprint = _fingerprint(clip, images, labels, captions, plan, val)
     state = _load_state(checkpoint, fingerprint, weights, optimizer) or _fresh_state()
+    scaler.load_state_dict(state["scaler"] or scaler.state_dict())
     fixed_text = None if _text_trains(clip) else embed_texts(clip, processor, captions).detach()
     bar = progress(desc=f"CLIP, {plan.loss}", total=plan.steps, unit="step")
     bar.update(state["step"])
@@ -356,7 +410,8 @@ def fit_clip(clip: CLIPModel, processor: CLIPProcessor, images: Images, labels: 
             began = time.perf_counter()
             rows = draw_rows(len(labels), plan.batch_size, step, plan.seed)
             optimizer.param_groups[0]["lr"] = plan.learning_rate * _schedule(plan, step)
-            loss, preds = _take_step(clip, processor, images[rows], labels[rows], captions, fixed_text, plan, step, optimizer)
+            loss, preds = _take_step(clip, processor, images[rows], labels[rows], captions, fixed_text, plan, step, optimizer,
+                                     scaler)
             state["losses"].append(loss)
             state["seen"].append([rows.tolist(), preds])
             state["seconds"] += time.perf_counter() - began
@@ -364,7 +419,7 @@ def fit_clip(clip: CLIPModel, processor: CLIPProcessor, images: Images, labels: 
             bar.update()
             if (step + 1) % plan.evaluate_every == 0 or step + 1 == plan.steps:
                 state["history"].append(_summarise(clip, processor, captions, plan, labels, val, state))
-                state["losses"], state["seen"] = [], []
+                state["losses"], state["seen"], state["scaler"] = [], [], scaler.state_dict()
                 _save_state(checkpoint, fingerprint, weights, optimizer, state)
     bar.close()
     clip.eval()
@@ -383,8 +438,11 @@ def draw_rows(count: int, batch_size: int, step: int, seed: int) -> np.ndarray:
 
 def _take_step(clip: CLIPModel, processor: CLIPProcessor, images: Images, labels: np.ndarray, captions: Sequence[str],
                fixed_text: Tensor | None, plan: ClipPlan, step: int,
-               optimizer: torch.optim.Optimizer) -> tuple[float, list[int]]:
-    """Take one optimiser step; return the loss and the classes predicted for the batch before it."""
+               optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> tuple[float, list[int]]:
+    """Take one optimiser step; return the loss and the classes predicted for the batch before it.
+
+    A step whose float16 gradients overflow is taken again at half the scale: steps stay as many as were planned.
+    """
     clip.train()
     torch.manual_seed(plan.seed * 1_000_003 + step)  # dropout inside the adapter
     target = torch.from_numpy(labels).to(clip.device)
@@ -397,9 +455,16 @@ def _take_step(clip: CLIPModel, processor: CLIPProcessor, images: Images, labels
         raise FloatingPointError(f"the loss is {loss.item()} at step {step + 1}: lower learning_rate "
                                  f"({plan.learning_rate:g}) or look for broken images")
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    scale = scaler.get_scale()
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
     nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], plan.max_grad_norm)
-    optimizer.step()
+    scaler.step(optimizer)
+    scaler.update()
+    if scaler.get_scale() < scale:
+        if scale < 1:
+            raise FloatingPointError(f"the float16 gradients of step {step + 1} overflow at any scale: use bf16")
+        return _take_step(clip, processor, images, labels, captions, fixed_text, plan, step, optimizer, scaler)
     return loss.item(), (image_embeds @ text_embeds.T).argmax(dim=1).tolist()
 
 
@@ -453,7 +518,7 @@ def _schedule(plan: ClipPlan, step: int) -> float:
 
 
 def _fresh_state() -> dict:
-    return {"step": 0, "seconds": 0.0, "history": [], "losses": [], "seen": []}
+    return {"step": 0, "seconds": 0.0, "history": [], "losses": [], "seen": [], "scaler": {}}
 
 
 def _fingerprint(clip: CLIPModel, images: Images, labels: np.ndarray, captions: Sequence[str], plan: ClipPlan,
@@ -502,7 +567,7 @@ def _load_state(path: Path | None, fingerprint: str, weights: Mapping[str, Tenso
     return state
 
 
-# -- the baseline: a linear probe --------------------------------------------------------------------------------------
+# -- baselines on frozen features --------------------------------------------------------------------------------------
 
 
 def fit_probe(features: np.ndarray, labels: np.ndarray, val_features: np.ndarray, val_labels: np.ndarray,
@@ -512,11 +577,63 @@ def fit_probe(features: np.ndarray, labels: np.ndarray, val_features: np.ndarray
     Radford et al. 2021, section 3.2: the features before the projection. `strengths` are scikit-learn's C; the best
     macro F1 on `val_features` wins, the smallest C among equals. The fit is deterministic: it has no seed.
     """
-    rows, best = [], None
-    for strength in sorted(strengths):
-        probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000)).fit(features, labels)
-        preds = probe.predict(val_features)
-        rows.append({"C": strength, **_score("val", val_labels, preds, len(probe.classes_))})
-        if best is None or rows[-1]["val_macro_f1"] > max(row["val_macro_f1"] for row in rows[:-1]):
-            best = probe
-    return best, pd.DataFrame(rows)
+    probes = {strength: make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000))
+              for strength in sorted(strengths)}
+    return _choose("C", probes, features, labels, val_features, val_labels)
+
+
+def fit_knn(features: np.ndarray, labels: np.ndarray, val_features: np.ndarray, val_labels: np.ndarray,
+            neighbours: Sequence[int] = (5, 15, 45)) -> tuple[Pipeline, pd.DataFrame]:
+    """Return the vote of the nearest training images by cosine (N, D) and the validation score of every number tried.
+
+    Wu et al. 2018 ("Instance discrimination"), section 3.4, with equal votes: nothing is fitted, so this is what the
+    features alone know. Numbers beyond the training images are left out; the best macro F1 on `val_features` wins.
+    """
+    votes = {n: make_pipeline(Normalizer(), KNeighborsClassifier(n))
+             for n in sorted(neighbours) if n <= len(features)}
+    if not votes:
+        raise ValueError(f"neighbours {list(neighbours)} are all more than the {len(features)} training images: try fewer")
+    return _choose("neighbours", votes, features, labels, val_features, val_labels)
+
+
+def _choose(name: str, models: Mapping[float, Pipeline], features: np.ndarray, labels: np.ndarray,
+            val_features: np.ndarray, val_labels: np.ndarray) -> tuple[Pipeline, pd.DataFrame]:
+    """Fit each model; return the one with the best validation macro F1, the first among equals, and all scores."""
+    rows = []
+    for value, model in models.items():
+        model.fit(features, labels)
+        rows.append({name: value, **_score("val", val_labels, model.predict(val_features), len(model.classes_))})
+    tried = pd.DataFrame(rows)
+    return models[tried.loc[tried["val_macro_f1"].idxmax(), name]], tried
+
+
+# -- where it looks ----------------------------------------------------------------------------------------------------
+
+
+def explain_attention(clip: CLIPModel, processor: CLIPProcessor, images_u8: np.ndarray, captions: Sequence[str],
+                      class_index: np.ndarray) -> np.ndarray:
+    """Return where the image tower looks for class `class_index` (N,): relevance (N, H, W) float32, each summing to 1.
+
+    Chefer, Gur & Wolf 2021 ("Generic attention-model explainability"), equations 5 and 6: attention weighted by the
+    gradient of the class's logit, its positive part averaged over heads and carried through the layers; the class
+    token's row is laid over the pixels that the model was given (H, W: after the processor's crop). A picture of a
+    model's attention is not a reason for its answer: compare with a model that was not trained.
+    """
+    implementation = clip.config._attn_implementation
+    clip.eval().set_attn_implementation("eager")  # fused attention gives no weights
+    pixel_values = preprocess_images(images_u8, processor).to(clip.device, clip.dtype).requires_grad_()
+    try:
+        with torch.enable_grad():
+            seen = clip.vision_model(pixel_values=pixel_values, output_attentions=True)
+            image_embeds = F.normalize(clip.visual_projection(seen.pooler_output), dim=-1)  # (N, D)
+            text_embeds = embed_texts(clip, processor, captions).detach()[torch.as_tensor(class_index)]  # (N, D)
+            gradients = torch.autograd.grad((image_embeds * text_embeds).sum(), seen.attentions)
+    finally:
+        clip.set_attn_implementation(implementation)
+    relevance = torch.eye(seen.attentions[0].shape[-1], device=clip.device)  # (T, T)
+    for weights, gradient in zip(seen.attentions, gradients, strict=True):  # (N, heads, T, T)
+        relevance = relevance + (weights * gradient).clamp_min(0).mean(1).detach() @ relevance
+    patches = relevance[:, 0, 1:].float().cpu()  # (N, T - 1)
+    side = math.isqrt(patches.shape[1])
+    maps = F.interpolate(patches.view(-1, 1, side, side), pixel_values.shape[-2:], mode="bilinear")[:, 0]
+    return (maps / maps.sum((1, 2), keepdim=True).clamp_min(1e-12)).numpy()

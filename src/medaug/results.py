@@ -204,7 +204,7 @@ def _measure_clip(study: str, source: Tables) -> list[str] | None:
     if runs is None:
         return None
     scores = (
-        runs[(runs["split"] == "test") & runs["model"].isin(["clip-zero-shot", "clip-lora"])]
+        runs[(runs["split"] == "test") & runs["model"].isin(["clip-zero-shot", "clip-lora"]) & runs["arm"].isin(["none", "real"])]
         .groupby("model")["macro_f1"]
         .mean()
     )
