@@ -142,7 +142,7 @@ def test_a_study_value_reruns_its_notebook_and_says_why(project):
 def test_a_missing_product_is_made_again(project):
     product = project.root / "runs" / "phantom" / "generator" / "generator.json"
     kept = product.rename(product.with_suffix(".kept"))
-    assert project.plan() == {"02-sd-lora", "03-generation", "05-baselines", LAST}
+    assert project.plan() == {"02-sd-lora", "03-generation", "04-clip-lora", "05-baselines", LAST}
     kept.rename(product)
     executed = project.root / "runs" / "phantom" / "notebooks" / "04-clip-lora.ipynb"
     kept = executed.rename(executed.with_suffix(".kept"))

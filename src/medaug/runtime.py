@@ -44,6 +44,7 @@ def start_run(study: str, notebook: str, seed: int = 0, threads: int = 1, device
     torch.set_num_threads(threads)
     seed_everything(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # filling each new tensor with NaN costs a tenth of the time
     run = Run(study=study, notebook=notebook, seed=seed, device=pick_device(device))
     run.dir.mkdir(parents=True, exist_ok=True)
     versions = ", ".join(f"{name} {version}" for name, version in read_versions().items())
