@@ -566,9 +566,12 @@ def _validation_beside_test(claim, published, studies):
 
 
 def _rows(studies: Studies, study: str, table: str, **wanted) -> pd.DataFrame:
-    """Return the rows of a study's table that have the `wanted` values (no rows where there is no such table)."""
-    used = ["arm", "model", "split", "seed", "loss", "val_loss", "macro_f1", "dice_per_image", "y_true", "y_pred"]
+    """Return the rows of a study's table that have the `wanted` values (no rows where there is no such table); of runs on
+    a part of the training patients none.
+    """
+    used = ["arm", "model", "split", "seed", "loss", "val_loss", "macro_f1", "dice_per_image", "y_true", "y_pred", "fraction"]
     rows = studies.get(study, {}).get(table, pd.DataFrame(columns=used)).reindex(columns=used)
+    rows = rows[rows["fraction"].isna() | (rows["fraction"] == 1)]
     for column, value in wanted.items():
         rows = rows[rows[column] == value]
     return rows
