@@ -3,7 +3,8 @@
 import pandas as pd
 import pytest
 
-from medaug.arms import ARMS, build_arm, count_added, weigh_classes
+from medaug.arms import ARMS, build_arm, count_added, take_fraction, weigh_classes
+from medaug.dct import METHODS
 
 LABELS = ["normal"] * 6 + ["bacterial"] * 12 + ["viral"] * 4
 
@@ -16,7 +17,8 @@ def make_rows(labels, origin="real", split="train", prefix="t", **columns) -> pd
 
 def make_synthetic(generator="lora", generator_seed=0, copies=2) -> pd.DataFrame:
     rows = make_rows(LABELS * copies, "synthetic", prefix=f"{generator}{generator_seed}-")
-    return rows.assign(generator=generator, generator_seed=generator_seed).drop(columns=["split", "patient_id"])
+    rows = rows.assign(generator=generator, generator_seed=generator_seed, selected=[i % 2 == 0 for i in range(len(rows))])
+    return rows.drop(columns=["split", "patient_id"])
 
 
 TRAIN = make_rows(LABELS)
@@ -32,7 +34,8 @@ def count(rows) -> dict:
     return rows["label"].value_counts().to_dict()
 
 
-@pytest.mark.parametrize("name", ["real+duplicates", "real+classical", "real+untuned", "real+synthetic", "oracle"])
+@pytest.mark.parametrize("name", ["real+duplicates", "real+classical", "real+untuned", "real+synthetic", "oracle",
+                                  *(f"real+{method}" for method in METHODS)])
 @pytest.mark.parametrize("ratio", [0.5, 1.0, 2.0])
 def test_every_arm_that_adds_adds_as_many_of_each_class(name, ratio):
     rows = build(name, ratio)
@@ -46,7 +49,7 @@ def test_every_arm_that_adds_adds_as_many_of_each_class(name, ratio):
 def test_every_arm_is_seeded_and_has_the_columns(name):
     one, two = build(name, 0.5, seed=3), build(name, 0.5, seed=3)
     assert one.equals(two) and one.index.tolist() == list(range(len(one)))
-    assert one.columns.tolist() == ["image_id", "path", "label", "origin", "weight", "augment"]
+    assert one.columns.tolist() == ["image_id", "path", "label", "origin", "weight", "augment", "view", "phase"]
 
 
 def test_seeds_choose_other_images():
@@ -70,6 +73,46 @@ def test_classical_augments_the_copies_only():
     assert not build("real+duplicates")["augment"].any()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_dct_copies_are_views_of_real_training_images(method):
+    rows = build(f"real+{method}")
+    assert rows["view"].tolist() == [""] * len(TRAIN) + [method] * len(TRAIN)
+    assert set(rows["image_id"]) == set(TRAIN["image_id"]) and set(rows["origin"]) == {"real"}
+    assert not rows["augment"].any()
+
+
+def test_selected_adds_selected_images_only():
+    rows = build("real+selected", generator_seed=1)
+    added = rows.iloc[len(TRAIN):]["image_id"]
+    selected = SYNTHETIC.loc[SYNTHETIC["selected"], "image_id"]
+    assert set(added) <= set(selected) and added.str.startswith("lora1-").all()
+    assert count(rows.iloc[len(TRAIN):]) == count_added(TRAIN, 1.0)
+
+
+def test_pretraining_comes_first_and_holds_synthetic_images_only():
+    rows = build("synthetic->real", 0.5, generator_seed=1)
+    assert rows.groupby("phase")["origin"].agg(list).map(set).to_dict() == {0: {"synthetic"}, 1: {"real"}}
+    assert count(rows[rows["phase"] == 0]) == count_added(TRAIN, 0.5)
+    assert rows.loc[rows["phase"] == 1, "image_id"].tolist() == TRAIN["image_id"].tolist()
+    assert all((build(name)["phase"] == 0).all() for name in ARMS if name != "synthetic->real")
+
+
+def test_fractions_are_nested_and_cut_no_patient():
+    train = pd.concat([TRAIN, TRAIN.assign(image_id=TRAIN["image_id"] + "b")], ignore_index=True)  # two images a patient
+    parts = [take_fraction(train, fraction, seed=3) for fraction in (0.25, 0.5, 0.75, 1.0)]
+    patients = [set(rows["patient_id"]) for rows in parts]
+    assert patients[0] < patients[1] < patients[2] < patients[3] and parts[3].equals(train)
+    assert all(set(rows["patient_id"].value_counts()) == {2} for rows in parts)
+    assert count(parts[0]) == {"normal": 4, "bacterial": 6, "viral": 2}  # 2, 3 and 1 patients: rounded up
+    assert patients[0] != set(take_fraction(train, 0.25, seed=4)["patient_id"])
+
+
+@pytest.mark.parametrize("fraction", [0, -0.5, 1.5])
+def test_a_fraction_is_more_than_nothing_and_at_most_all(fraction):
+    with pytest.raises(ValueError, match="more than 0 and at most 1"):
+        take_fraction(TRAIN, fraction)
+
+
 def test_weighted_classes_count_equally():
     rows = build("real-weighted")
     assert rows.groupby("label")["weight"].sum().round(9).nunique() == 1
@@ -83,7 +126,7 @@ def test_over_and_down_sampling_balance_the_classes():
 
 
 @pytest.mark.parametrize(("name", "generator"), [("real+untuned", "untuned"), ("real+synthetic", "lora"),
-                                                 ("synthetic", "lora")])
+                                                 ("synthetic", "lora"), ("synthetic->real", "lora")])
 def test_synthetic_rows_come_from_the_right_generator_and_seed(name, generator):
     added = build(name, generator_seed=1).query("origin == 'synthetic'")["image_id"]
     assert added.str.startswith(f"{generator}1-").all() and added.is_unique
@@ -104,6 +147,8 @@ def test_another_generator_can_be_studied():
     ("real+synthetic", {"synthetic": None}, "has no synthetic images"),
     ("real+synthetic", {"generator_seed": 7}, "'lora' with seed 7; there are only lora 0, lora 1, untuned 0"),
     ("real+synthetic", {"ratio": 3.0}, "adds 36 images of class 'bacterial' and there are 24"),
+    ("real+selected", {"synthetic": SYNTHETIC.drop(columns="selected")}, "needs the column 'selected'"),
+    ("real+selected", {"ratio": 2.0}, r"adds 24 images of class 'bacterial' and there are 12: .*n_per_class in 03-generation"),
     ("real+synthetic", {"synthetic": SYNTHETIC.assign(origin="real")}, "origin is not 'synthetic'"),
     ("real+synthetic", {"synthetic": SYNTHETIC.assign(split="test")}, "saw the training split only"),
     ("real+synthetic", {"synthetic": SYNTHETIC.assign(source_image_id="x9")}, "outside the training split"),

@@ -91,6 +91,14 @@ def test_the_effect_comes_from_the_verdict_table():
     assert "small-cnn): +1.2 points of macro F1 [-0.3, +2.7]" in found.loc["0.24", "value"]
 
 
+def test_runs_on_fewer_patients_count_for_no_claim():
+    ways = ["real", "real-downsampled", "real-weighted", "real-oversampled"]
+    runs = pd.DataFrame([dict(arm=way, model="mobilenetv2-frozen", split="test", seed=seed, fraction=fraction, macro_f1=score)
+                         for way in ways for seed in range(2) for fraction, score in ((1.0, 0.75), (0.25, 0.5))])
+    found = claims.evaluate_claims({"guangzhou-local": {"classification.csv": runs}}).set_index("id")
+    assert "real 0.750" in found.loc["3.02", "value"]
+
+
 def make_runs(accuracy, split="test"):
     return pd.DataFrame(
         [

@@ -153,6 +153,27 @@ def test_the_other_models_and_splits_stay_out_of_the_headline_table(project):
     )
 
 
+def test_runs_on_fewer_patients_and_at_other_ratios_stay_out_of_the_headline_table(project):
+    runs = make_classification().assign(ratio=lambda f: f["arm"].map({"real": 0.0, "real+synthetic": 0.5}))
+    fewer = runs.assign(fraction=0.25, macro_f1=0.2)
+    other = runs[runs["arm"] == "real+synthetic"].assign(ratio=1.0, macro_f1=0.3)
+    verdict = make_verdict().assign(ratio=0.5)
+    tables = []
+    for classification in (runs, pd.concat([runs, fewer, other])):
+        save(project / "runs/phantom/tables", verdict=verdict, classification=classification)
+        tables.append(results.table_of_arms("phantom", results.Tables(), primary=True))
+    assert tables[0] == tables[1]
+    assert "0.25" in results.table_of_arms("phantom", results.Tables())  # the table of all runs shows them
+
+
+def test_folds_are_averaged_before_seeds_are_compared(project):
+    runs = pd.concat([make_classification().assign(fold=fold, generator_seed=-1,
+                                                   macro_f1=lambda f, fold=fold: f["macro_f1"] + 0.1 * fold) for fold in (0, 1)])
+    save(project / "runs/phantom/tables", verdict=make_verdict(), classification=runs)
+    table = results.table_of_arms("phantom", results.Tables(), primary=True)
+    assert "| 0.860 | 0.014 | 2 |" in table  # 0.81 and 0.91, and the seeds' spread without the folds'
+
+
 def test_a_runs_table_goes_before_a_published_one(project):
     save(project / "runs/phantom/tables", verdict=make_verdict(delta=0.05))
     save(project / "data/results/phantom", verdict=make_verdict(delta=0.01))

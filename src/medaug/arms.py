@@ -4,21 +4,27 @@ Every arm that adds images adds the same number of them, with the classes in the
 every arm is trained for the same number of optimiser steps (CLAIMS: Pink & Sykes, PMLR 318, 2026).
 """
 
+import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pandas as pd
 
-COLUMNS = ["image_id", "path", "label", "origin", "weight", "augment"]
+COLUMNS = ["image_id", "path", "label", "origin", "weight", "augment", "view", "phase"]
+PLAIN = {"weight": 1.0, "augment": False, "view": "", "phase": 0}
 
 
 def build_arm(name: str, train: pd.DataFrame, synthetic: pd.DataFrame | None = None, oracle: pd.DataFrame | None = None,
               ratio: float = 1.0, seed: int = 0, generator_seed: int = 0, generator: str = "lora") -> pd.DataFrame:
-    """Return the rows to train on: `image_id, path, label, origin, weight` (of the loss), `augment` (transform each draw).
+    """Return the rows to train on: `image_id, path, label, origin, weight` (of the loss), `augment` (transform each draw),
+    `view` (the fixed transformation to train on, a method of `medaug.dct`; "" for the image itself) and `phase` (0, 1: what
+    is trained on one after the other, an equal number of steps each).
 
     `train`: the manifest's training rows; `synthetic`: rows of `synthetic/manifest.parquet`; `oracle`: the manifest's
     oracle rows. An arm adds `round(ratio * n)` images to the n real ones of each class; `seed` chooses which.
-    `generator_seed` and `generator` say whose images `real+synthetic` and `synthetic` take. Raises ValueError where an
+    `generator_seed` and `generator` say whose images the arms with synthetic images take (`real+untuned`: the untuned
+    one's), `real+selected` only those whose column `selected` is true. Raises ValueError where an
     arm lacks its images, or where held-out images would enter it.
     """
     if name not in ARMS:
@@ -26,8 +32,23 @@ def build_arm(name: str, train: pd.DataFrame, synthetic: pd.DataFrame | None = N
     _check_train(train)
     source = _pick_source(name, train, synthetic, oracle, generator_seed, generator)
     rng = np.random.default_rng([seed, generator_seed, 7])
-    rows = ARMS[name](train.assign(weight=1.0, augment=False), source, ratio, rng)
+    rows = ARMS[name](train.assign(**PLAIN), source, ratio, rng)
     return rows[COLUMNS].reset_index(drop=True)
+
+
+def take_fraction(train: pd.DataFrame, fraction: float, seed: int = 0) -> pd.DataFrame:
+    """Return the rows of a `fraction` (over 0, at most 1) of each class's patients, rounded up, in the order of `train`.
+
+    Of one `seed` the smaller fractions lie inside the larger ones. A patient counts in the class of the first image.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction is {fraction}: choose more than 0 and at most 1")
+    rng, chosen = np.random.default_rng([seed, 11]), set()
+    label_of = train.groupby("patient_id")["label"].first()  # sorted by patient
+    for _, patients in label_of.groupby(label_of):
+        count = math.ceil(round(fraction * len(patients), 9))
+        chosen |= set(rng.permutation(patients.index.to_numpy())[:count])
+    return train[train["patient_id"].isin(chosen)].reset_index(drop=True)
 
 
 def count_added(train: pd.DataFrame, ratio: float) -> dict[str, int]:
@@ -68,12 +89,20 @@ def _real_classical(train, source, ratio, rng):
     return pd.concat([train, _copy(train, count_added(train, ratio), rng).assign(augment=True)])
 
 
+def _real_viewed(train, source, ratio, rng, view):
+    return pd.concat([train, _copy(train, count_added(train, ratio), rng).assign(view=view)])
+
+
 def _real_added(train, source, ratio, rng):
     return pd.concat([train, _draw(source, count_added(train, ratio), rng)])
 
 
 def _synthetic_only(train, source, ratio, rng):
     return _draw(source, count_added(train, ratio), rng)
+
+
+def _synthetic_first(train, source, ratio, rng):
+    return pd.concat([_draw(source, count_added(train, ratio), rng), train.assign(phase=1)])
 
 
 ARMS: dict[str, Callable[..., pd.DataFrame]] = {
@@ -83,12 +112,19 @@ ARMS: dict[str, Callable[..., pd.DataFrame]] = {
     "real-downsampled": _real_downsampled,
     "real+duplicates": _real_duplicates,
     "real+classical": _real_classical,
+    "real+dct1": partial(_real_viewed, view="dct1"),
+    "real+dct1-corrected": partial(_real_viewed, view="dct1-corrected"),
+    "real+dct2": partial(_real_viewed, view="dct2"),
+    "real+dct2-corrected": partial(_real_viewed, view="dct2-corrected"),
     "real+untuned": _real_added,
     "real+synthetic": _real_added,
+    "real+selected": _real_added,
+    "synthetic->real": _synthetic_first,
     "synthetic": _synthetic_only,
     "oracle": _real_added,
 }
-GENERATORS = {"real+untuned": "untuned", "real+synthetic": "", "synthetic": ""}  # "" = the generator under study
+# whose images an arm takes; "" = the generator under study
+GENERATORS = {"real+untuned": "untuned", **dict.fromkeys(["real+synthetic", "real+selected", "synthetic->real", "synthetic"], "")}
 
 
 def _copy(rows: pd.DataFrame, counts: dict[str, int], rng: np.random.Generator) -> pd.DataFrame:
@@ -106,7 +142,8 @@ def _draw(rows: pd.DataFrame, counts: dict[str, int], rng: np.random.Generator) 
     for label, count in counts.items():
         found = int((rows["label"] == label).sum())
         if found < count:
-            raise ValueError(f"the arm adds {count} images of class '{label}' and there are {found}: lower ratio, or make more")
+            raise ValueError(f"the arm adds {count} images of class '{label}' and there are {found}: lower ratio, or make more "
+                             "(n_per_class in 03-generation)")
     return _copy(rows, counts, rng)
 
 
@@ -119,14 +156,22 @@ def _pick_source(name: str, train: pd.DataFrame, synthetic: pd.DataFrame | None,
         return None
     wanted = GENERATORS[name] or generator
     if synthetic is None or len(synthetic) == 0:
-        raise ValueError(f"arm '{name}' has no synthetic images: run 03-generation first, or leave the arm out")
+        raise ValueError(f"arm '{name}' has no synthetic images: run 03-generation first (with the same folds, if the study "
+                         "has any), or leave the arm out")
     _check_synthetic(train, synthetic)
     chosen = synthetic[(synthetic["generator"] == wanted) & (synthetic["generator_seed"] == generator_seed)]
     if len(chosen) == 0:
         found = sorted({f"{g} {s}" for g, s in zip(synthetic["generator"], synthetic["generator_seed"], strict=True)})
         raise ValueError(f"arm '{name}' wants generator '{wanted}' with seed {generator_seed}; there are only "
                          f"{', '.join(found)}: list generator_seeds that 03-generation made")
-    return chosen.assign(weight=1.0, augment=False)
+    return (_keep_selected(chosen) if name == "real+selected" else chosen).assign(**PLAIN)
+
+
+def _keep_selected(synthetic: pd.DataFrame) -> pd.DataFrame:
+    if "selected" not in synthetic.columns:
+        raise ValueError("arm 'real+selected' needs the column 'selected' of the synthetic manifest: let 03-generation select, "
+                         "or leave the arm out")
+    return synthetic[synthetic["selected"].eq(True)]  # not-a-number (another generator) is not true
 
 
 def _check_train(train: pd.DataFrame) -> None:
@@ -146,7 +191,7 @@ def _check_oracle(train: pd.DataFrame, oracle: pd.DataFrame | None) -> pd.DataFr
     shared = set(train["patient_id"]) & set(oracle["patient_id"])
     if shared:
         raise ValueError(f"{len(shared)} oracle patient(s) are training patients, first {min(shared)}: they must be new")
-    return oracle.assign(weight=1.0, augment=False)
+    return oracle.assign(**PLAIN)
 
 
 def _check_synthetic(train: pd.DataFrame, synthetic: pd.DataFrame) -> None:

@@ -322,7 +322,9 @@ def _describe_effect(studies: Studies) -> str:
     if verdicts is None:
         return ""
     rows = verdicts.query("arm == 'real+synthetic' and control == 'real' and metric == 'macro_f1'")
-    rows = rows[rows["family"].astype(bool) | (rows["model"] == "clip-lora")]  # the endpoint, and the claim's own model
+    rows = rows[
+        rows["family"].astype(bool) | (rows["model"] == "clip-lora")
+    ]  # the endpoint, and the claim's own model
     return "".join(
         f"; with an arm for each (phantom, {row.model}): {100 * row.delta:+.1f} points of macro F1 "
         f"[{100 * row.ci_low:+.1f}, {100 * row.ci_high:+.1f}]"
@@ -567,7 +569,9 @@ def _validation_beside_test(claim, published, studies):
 
 
 def _rows(studies: Studies, study: str, table: str, **wanted) -> pd.DataFrame:
-    """Return the rows of a study's table that have the `wanted` values (no rows where there is no such table)."""
+    """Return the rows of a study's table that have the `wanted` values (no rows where there is no such table); of runs on
+    a part of the training patients none.
+    """
     used = [
         "arm",
         "model",
@@ -579,10 +583,12 @@ def _rows(studies: Studies, study: str, table: str, **wanted) -> pd.DataFrame:
         "dice_per_image",
         "y_true",
         "y_pred",
+        "fraction",
         "train_source",
         "test_source",
     ]
     rows = studies.get(study, {}).get(table, pd.DataFrame(columns=used)).reindex(columns=used)
+    rows = rows[rows["fraction"].isna() | (rows["fraction"] == 1)]
     for column, value in wanted.items():
         rows = rows[rows[column] == value]
     return rows
@@ -591,7 +597,10 @@ def _rows(studies: Studies, study: str, table: str, **wanted) -> pd.DataFrame:
 @settles("0.19")
 def _in_batch_labels(claim, published, studies):
     losses = {
-        name: _rows(studies, "phantom", "history.csv", model=model, arm="real").groupby("seed")["loss"].last().mean()
+        name: _rows(studies, "phantom", "history.csv", model=model, arm="real")
+        .groupby("seed")["loss"]
+        .last()
+        .mean()
         for name, model in (
             ("as published", "clip-lora-in-batch-index"),
             ("class prompts", "clip-lora"),
@@ -625,7 +634,10 @@ def _two_configurations(claim, published, studies):
 def _compare_clip(studies: Studies, first: str, second: str) -> tuple[str, str] | None:
     """Return the evidence and both models' macro F1 on test patients, of the first study that has run both."""
     for study in ("guangzhou", "guangzhou-local", "phantom"):
-        runs = [_rows(studies, study, "classification.csv", arm="real", model=m, split="test") for m in (first, second)]
+        runs = [
+            _rows(studies, study, "classification.csv", arm="real", model=m, split="test")
+            for m in (first, second)
+        ]
         if not any(rows.empty for rows in runs):
             means = " and ".join(f"{rows['macro_f1'].mean():.3f} ({len(rows)} run(s))" for rows in runs)
             return f"{study}/04-clip-lora", means
@@ -637,7 +649,11 @@ def _preprocessing(claim, published, studies):
     found = _compare_clip(studies, "clip-linear-probe", "clip-linear-probe-squashed")
     if found is None:
         return None
-    square = "; simulated films are square, so only the normalisation differs" if found[0].startswith("phantom") else ""
+    square = (
+        "; simulated films are square, so only the normalisation differs"
+        if found[0].startswith("phantom")
+        else ""
+    )
     return Finding(
         "answered",
         found[0],
@@ -765,7 +781,9 @@ def _ill_called_normal(claim, published, studies):
 @settles("0.34")
 def _maps(claim, published, studies):
     for study, tables in studies.items():
-        runs = tables.get("classification.csv", pd.DataFrame()).reindex(columns=["model", "arm", "cam_outside", "cam_outside_flat"])
+        runs = tables.get("classification.csv", pd.DataFrame()).reindex(
+            columns=["model", "arm", "cam_outside", "cam_outside_flat"]
+        )
         runs = runs[runs["arm"] == "real"].dropna()
         if len(runs):
             row = runs.iloc[0]

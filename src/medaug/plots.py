@@ -23,7 +23,9 @@ ARM_COLOURS = {
     "synthetic->real": "#a6522b",
     "synthetic": "#f0a37c",
     "real+dct1": "#bdb76b",
+    "real+dct1-corrected": "#7d7a2e",
     "real+dct2": "#d8d4a0",
+    "real+dct2-corrected": "#a89f5b",
 }
 GENERATOR_COLOURS = {
     "real-floor": "#4d4d4d",

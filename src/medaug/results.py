@@ -99,6 +99,20 @@ def pick_row(rows: pd.DataFrame, arm: str, control: str):
     return found.iloc[0] if len(found) else None
 
 
+def endpoint_runs(runs: pd.DataFrame, verdict: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs that `verdict.csv` compares: all training patients, and the ratio that it names (if it does)."""
+    runs = runs[runs["fraction"] == 1] if "fraction" in runs.columns else runs
+    return runs[runs["ratio"].isin([0, verdict["ratio"].iloc[0]])] if "ratio" in verdict.columns else runs
+
+
+def average_folds(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per run of a k-fold study, its metrics averaged over the folds; other runs as they are."""
+    if "fold" not in runs.columns or runs["fold"].nunique() < 2:
+        return runs
+    keys = ["arm", "model", "seed", "generator_seed", "fraction", "ratio", "split"]
+    return runs.drop(columns="fold").groupby(keys, sort=False, as_index=False).mean(numeric_only=True)
+
+
 def table_of_arms(study: str, source: Tables, primary: bool = False) -> str:
     """Return the table of arms: test metrics over seeds, and the differences that `verdict.csv` holds."""
     runs, verdict = source.read(study, "classification.csv"), source.read(study, "verdict.csv")
@@ -107,7 +121,8 @@ def table_of_arms(study: str, source: Tables, primary: bool = False) -> str:
     runs = runs[runs["split"] == "test"]
     rows = primary_rows(verdict) if verdict is not None else pd.DataFrame(columns=["arm", "control"])
     if primary and len(rows):
-        runs = runs[runs["model"] == rows.iloc[0]["model"]]
+        runs = endpoint_runs(runs[runs["model"] == rows.iloc[0]["model"]], verdict)
+    runs = average_folds(runs)
     groups = ["model", "arm", *(key for key in ("fraction", "ratio") if _varies(runs, key))]
     columns = {"model": "l", "arm": "l", "fraction": "r", "ratio": "r"}
     columns = {
