@@ -36,8 +36,9 @@ from medaug.runtime import progress, replace_when_done
 
 MAX_TOKENS = 32
 NO_CLASS = 10 / 9  # the tissue's difficulty at which its classes' traits are all at their common mean
-TISSUE_WORDS = {"haematoxylin": ("pale nuclei", "dark nuclei"), "eosin": ("faint pink", "strong pink"),
-                "contrast": ("soft contrast", "hard contrast"), "gaps": ("whole section", "torn section")}  # below, above the median
+# Below and above the median. Short: to a tokenizer that learned other words a letter can be a token, and 32 are read.
+TISSUE_WORDS = {"haematoxylin": ("pale", "dark"), "eosin": ("faint", "pink"), "contrast": ("soft", "hard"),
+                "gaps": ("whole", "torn")}
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int = 600) -> CLIPTokenizer:
@@ -268,7 +269,7 @@ def render_tissue(n: int, image_size: int, seed: int, cache: Path) -> tuple[np.n
     ranges = tissue.SLIDE | tissue.IMAGE
     above = {name: (drawn[name].flatten() > sum(ranges[name]) / 2).tolist() for name in TISSUE_WORDS}
     words = [", ".join(TISSUE_WORDS[name][above[name][row]] for name in TISSUE_WORDS) for row in range(n)]
-    return np.load(kept), [f"stained section of tissue, {found}" for found in words]
+    return np.load(kept), [f"tissue, {found}" for found in words]
 
 
 def train_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, images_u8: np.ndarray, captions: Sequence[str], *, steps: int,
