@@ -326,3 +326,25 @@ def test_bf16_on_a_gpu(model_id):
     pipe = diffusion.load_pipeline(model_id, "cuda", torch.bfloat16)
     unet, _, _ = fit(pipe, replace(SETTINGS, mixed_precision="bf16"))
     assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in read_adapter(unet).values())
+
+
+def test_kept_steps_are_the_weights_of_those_steps(pipe):
+    kept = {}
+    settings = replace(SETTINGS, keep_steps=(3, 6))
+
+    def fit_and_keep(settings):
+        unet = copy.deepcopy(pipe.unet)
+        diffusion.add_lora(unet, 4, 8, WIDE)
+        mean, std = diffusion.encode_latents(pipe.vae, draw_images(20))
+        states = diffusion.encode_prompts(pipe, PROMPTS)
+        scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+        diffusion.fit_lora(unet, scheduler, (mean, std), torch.arange(20) % 2, states[:2], states[2], settings,
+                           keep=lambda module, step: kept.update({step: read_adapter(module)}))
+        return read_adapter(unet)
+
+    last = fit_and_keep(settings)
+    assert sorted(kept) == [3, 6]
+    assert all(torch.equal(kept[6][name], last[name]) for name in last)
+    assert any(not torch.equal(kept[3][name], last[name]) for name in last)
+    averaged = fit_and_keep(replace(settings, ema_decay=0.9))
+    assert all(torch.equal(kept[6][name], averaged[name]) for name in averaged)  # the average is kept, not the last step

@@ -1,6 +1,7 @@
 """Measures against published implementations and hand-made references; each must see the failure it is for."""
 
 import numpy as np
+import pandas as pd
 import prdc
 import pytest
 import torch
@@ -217,3 +218,45 @@ def test_mobilenetv2_comes_from_the_data_folder(tmp_path, monkeypatch):
         expected = model.features(pixel_values).mean(dim=(2, 3))
     assert features.shape == (2, 1280)
     np.testing.assert_allclose(features, expected.numpy(), atol=0.02)
+
+
+def draw_marks(n, label, seed):
+    rng = np.random.default_rng(seed)
+    return pd.DataFrame({"label": label, "confidence": rng.random(n), "ratio": rng.random(n), "distance": rng.random(n)})
+
+
+def test_limits_fail_the_stated_share_of_real_images():
+    marks = pd.concat([draw_marks(400, "normal", 1), draw_marks(200, "viral", 2)], ignore_index=True)
+    limits = fidelity.choose_limits(marks, share=0.1, copies=0.01)
+    assert list(limits.index) == ["normal", "viral"] and limits["ratio"].nunique() == 1
+    passed = fidelity.select_images(marks, limits)
+    by_class = passed.groupby("label")[["confident", "inside"]].mean()
+    assert np.allclose(by_class, 0.9, atol=0.01) and passed["new"].mean() == pytest.approx(0.99, abs=0.005)
+    assert (passed["selected"] == passed["confident"] & passed["new"] & passed["inside"]).all()
+    with pytest.raises(ValueError, match="no limits for class 'covid'"):
+        fidelity.select_images(draw_marks(3, "covid", 5), limits)
+
+
+def test_copies_strangers_and_the_unsure_are_not_selected():
+    train = np.random.default_rng(3).normal(size=(120, 8))
+    labels = np.repeat(["normal", "viral"], 60)
+    held_out = np.random.default_rng(4).normal(size=(80, 8))
+    of_held_out = fidelity.mark_images(np.repeat(["normal", "viral"], 40), np.linspace(0.5, 1, 80), held_out, held_out,
+                                       labels, train, train)
+    limits = fidelity.choose_limits(of_held_out)
+    usual = int(of_held_out["distance"][:40].argsort().iloc[20])  # a normal one, neither near nor far
+    good, copied, strange = held_out[usual], train[7] + 1e-3, np.full(8, 9.0)
+    queries = np.stack([good, copied, strange, good])
+    marks = fidelity.mark_images(np.full(4, "normal"), np.array([0.99, 0.99, 0.99, 0.01]), queries, queries, labels, train,
+                                 train)
+    found = fidelity.select_images(marks, limits)
+    assert list(found["selected"]) == [True, False, False, False]
+    assert list(found["new"]) == [True, False, True, True] and list(found["inside"]) == [True, True, False, True]
+    assert list(found["confident"]) == [True, True, True, False]
+
+
+def test_distance_is_to_the_own_class():
+    train, labels = np.array([[0.0], [10.0]]), np.array(["normal", "viral"])
+    ones = np.ones((2, 1))
+    marks = fidelity.mark_images(labels, ones[:, 0], ones, ones, labels, train, train)
+    assert marks["distance"].tolist() == pytest.approx([1.0, 9.0])

@@ -7,6 +7,7 @@ from diffusers import StableDiffusionPipeline
 from transformers import CLIPModel, CLIPProcessor, CLIPTextModel
 
 from medaug import foundations, paths
+from medaug.phantom import tissue
 
 CAPTIONS = ["frontal film of a chest, large heart", "slim build, small nodule", "dark exposure, marker l"] * 4
 
@@ -106,6 +107,29 @@ def test_the_cached_pixels_equal_the_processor(films):
     rgb = [np.repeat(film[..., None], 3, -1) for film in films[:3]]
     expected = processor(images=rgb, return_tensors="pt").pixel_values
     assert torch.allclose(foundations._to_clip_pixels(films[:3]), expected, atol=1e-5)
+
+
+def test_tissue_shows_no_class_and_its_captions_name_none(tmp_path):
+    patches, captions = foundations.render_tissue(6, 32, 0, tmp_path)
+    assert patches.shape == (6, 32, 32, 3) and patches.dtype == np.uint8 and len(set(captions)) > 1
+    assert max(len(caption.replace(" ", "")) for caption in captions) <= foundations.MAX_TOKENS - 2  # a token a letter
+    traits = tissue.mix_traits(list(tissue.CLASSES), foundations.NO_CLASS)
+    for values in traits.values():
+        assert torch.allclose(values, values[:1].expand_as(values), atol=1e-6)
+
+
+def test_colour_images_keep_their_colours(tmp_path, tokenizer):
+    rgb = np.random.default_rng(0).integers(0, 255, (6, 64, 64, 3), np.uint8)
+    assert foundations.to_pixel_values(rgb).shape == foundations._to_clip_pixels(rgb).shape == (6, 3, 64, 64)
+    torch.manual_seed(0)
+    vae, _ = foundations.train_vae(foundations.build_vae(), rgb, steps=1, batch_size=2, learning_rate=1e-3, seed=0,
+                                   checkpoint=tmp_path / "vae.pt")
+    swapped = rgb[:2].copy()
+    swapped[..., 0], swapped[..., 2] = rgb[:2, ..., 2], rgb[:2, ..., 0]  # a grey loss could not tell these two apart
+    torch.manual_seed(1)
+    losses = [foundations.compute_vae_loss(vae, batch).item() for batch in (rgb[:2], swapped)]
+    assert losses[0] != losses[1]
+    assert foundations.compute_psnr(rgb, rgb + np.uint8(0)).min() > 80
 
 
 def test_psnr_of_a_known_error():

@@ -35,6 +35,24 @@ def test_plan_has_one_seed_per_image_that_depends_on_nothing_else():
     assert longer.merge(first, on="image_id")["seed_x"].eq(first["seed"]).all()
 
 
+def test_folds_have_names_files_and_seeds_of_their_own():
+    plans = [plan(0), *(generation.plan_images("lora", PROMPTS, {"normal": 5, "viral": 2}, 0, fold) for fold in (0, 1))]
+    every = pd.concat(plans)
+    assert every["image_id"].is_unique and every["path"].is_unique and every["seed"].is_unique
+    assert [set(part["fold"]) for part in plans] == [{-1}, {0}, {1}]
+    assert plans[2]["path"].iloc[0] == "synthetic/lora/fold-1/normal/0-00000.png"
+
+
+def test_a_later_plan_goes_on_where_the_first_ended(pipe, tmp_path):
+    first, _ = generation.generate(pipe, plan(), tmp_path, **FAST)
+    more = generation.plan_images("lora", PROMPTS, {"viral": 3}, 0, first={"normal": 5, "viral": 2})
+    assert list(more["image_id"]) == [f"lora-viral-0-0000{index}" for index in (2, 3, 4)]
+    made, timing = generation.generate(pipe, more, tmp_path, **FAST)
+    assert timing["images"] == 3 and made["sha256"].is_unique
+    kept, again = generation.generate(pipe, plan(), tmp_path, **FAST)  # the first plan's images were not touched
+    pd.testing.assert_frame_equal(first, kept)
+
+
 def test_manifest_and_files(pipe, tmp_path):
     manifest, timing = generation.generate(pipe, plan(), tmp_path, guidance_scale=1.5, **FAST)
     assert timing["images"] == 7

@@ -219,19 +219,20 @@ class FitSettings:
     mixed_precision: str = "no"  # "no" or "bf16"
     validate_every: int = 100  # steps
     save_every: int = 100  # steps
+    keep_steps: tuple[int, ...] = ()  # steps after which `keep` is called, with the weights as they are then
     seed: int = 0
 
 
 def fit_lora(unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler, latents: tuple[Tensor, Tensor],
              prompt_ids: Tensor, hidden_states: Tensor, empty_states: Tensor, settings: FitSettings,
              checkpoint: Path | None = None, validate: Callable[[UNet2DConditionModel], dict] | None = None,
-             ) -> tuple[list[dict], dict]:
+             keep: Callable[[UNet2DConditionModel, int], object] | None = None) -> tuple[list[dict], dict]:
     """Train the trainable weights of `unet` on cached latents; return the history and the timing (see `fit_weights`).
 
     `latents` are mean and std, each (N, C, h, w), drawn anew at each step; image i has the caption
     `hidden_states[prompt_ids[i]]` (P, L, D), or `empty_states` (L, D) when its caption is dropped. The target is noise or
-    velocity, as `noise_scheduler` says. `validate(unet)` returns numbers for the history's rows. What is trainable
-    decides the method: an adapter (`add_lora`), or all.
+    velocity, as `noise_scheduler` says. `validate(unet)` returns numbers for the history's rows, `keep(unet, step)` may save
+    the weights of one of `settings.keep_steps`. What is trainable decides the method: an adapter (`add_lora`), or all.
     """
     hidden_states, empty_states = hidden_states.to(unet.device), empty_states.to(unet.device)
     snr_weights = compute_snr_weights(noise_scheduler, settings.snr_gamma).to(unet.device)
@@ -242,16 +243,18 @@ def fit_lora(unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler, latents
                               settings.mixed_precision)
 
     fingerprint = fingerprint_work(unet, [*latents, prompt_ids, hidden_states, empty_states], settings)
-    return fit_weights(unet, accumulate, settings, fingerprint, checkpoint, validate and (lambda: validate(unet)))
+    return fit_weights(unet, accumulate, settings, fingerprint, checkpoint, validate and (lambda: validate(unet)),
+                       keep=keep and (lambda step: keep(unet, step)))
 
 
 def fit_weights(module: nn.Module, accumulate: Callable[[int, int], float], settings: FitSettings, fingerprint: str,
                 checkpoint: Path | None = None, validate: Callable[[], dict] | None = None, name: str = "LoRA",
-                ) -> tuple[list[dict], dict]:
+                keep: Callable[[int], object] | None = None) -> tuple[list[dict], dict]:
     """Train the trainable weights of `module`, by any loss; return the history and the timing.
 
     `accumulate(step, micro_batch)` adds up the gradients of that step's batch, `micro_batch` images at a time, and returns
-    the batch's loss. `validate()` returns numbers for the history's rows; `fingerprint` names all that decides the run.
+    the batch's loss. `validate()` returns numbers for the history's rows, `keep(step)` is called after each of
+    `settings.keep_steps`; `fingerprint` names all that decides the run.
 
     All randomness of step k comes from (`settings.seed`, k), so a run killed at any moment and started again with the
     same `checkpoint` ends with the same weights. Out of memory halves the micro-batch and says so; the sum over
@@ -294,6 +297,9 @@ def fit_weights(module: nn.Module, accumulate: Callable[[int, int], float], sett
             state["seconds"] += time.perf_counter() - began
             state["step"] = step + 1
             bar.update(settings.batch_size)
+            if keep and step + 1 in settings.keep_steps:
+                with _averaged(weights, state["average"]):
+                    keep(step + 1)
             last = step + 1 == settings.steps
             if last or (step + 1) % settings.validate_every == 0:
                 row = {"step": step + 1, "loss": float(np.mean(state["losses"])), "learning_rate": learning_rate}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
@@ -185,6 +186,45 @@ def compute_memorisation(synthetic: np.ndarray, train: np.ndarray, held_out: np.
     usual, _ = find_nearest(held_out, train)
     return {"nn_ratio": float(np.median(distance) / np.median(usual)),
             "memorised_share": float((distance < np.quantile(usual, 0.01)).mean())}
+
+
+def mark_images(labels: np.ndarray, confidence: np.ndarray, features: np.ndarray, pixels: np.ndarray,
+                train_labels: np.ndarray, train_features: np.ndarray, train_pixels: np.ndarray) -> pd.DataFrame:
+    """Return the marks by which images are selected, a row per image: `label, confidence, ratio, distance`.
+
+    `confidence` (N,) is the probability that a judge gives to `labels` (N,); ratio: how near to a copy of a training image
+    in `pixels` (see `find_copies`); distance: to the nearest training image of the same class, in `features`.
+    """
+    distance = np.empty(len(labels))
+    for label in np.unique(labels):
+        own = labels == label
+        distance[own], _ = find_nearest(features[own], train_features[train_labels == label])
+    ratio, _ = find_copies(pixels, train_pixels)
+    return pd.DataFrame({"label": labels, "confidence": confidence, "ratio": ratio, "distance": distance})
+
+
+def choose_limits(marks: pd.DataFrame, share: float = 0.1, copies: float = 0.01) -> pd.DataFrame:
+    """Return the limits that `share` (per class), and of ratios `copies` (over all), of real validation images fail.
+
+    `marks` of real images held out of training, never of test images. One row per class: `confidence` and `ratio` are the
+    least, `distance` the most, that an image may have.
+    """
+    classes = marks.groupby("label")
+    return pd.DataFrame({"confidence": classes["confidence"].quantile(share), "ratio": marks["ratio"].quantile(copies),
+                         "distance": classes["distance"].quantile(1 - share)})
+
+
+def select_images(marks: pd.DataFrame, limits: pd.DataFrame) -> pd.DataFrame:
+    """Return `marks` with what each image passes (bool): `confident`, `new`, `inside`, and `selected` where it passes all.
+
+    Raises ValueError for a class without limits.
+    """
+    if missing := sorted(set(marks["label"]) - set(limits.index)):
+        raise ValueError(f"no limits for class '{missing[0]}': no validation image shows it; use another seed or fewer folds")
+    own = limits.loc[marks["label"]].set_index(marks.index)
+    passed = {"confident": marks["confidence"] >= own["confidence"], "new": marks["ratio"] >= own["ratio"],
+              "inside": marks["distance"] <= own["distance"]}
+    return marks.assign(**passed, selected=np.logical_and.reduce(list(passed.values())))
 
 
 def compute_mia_auc(member_losses: np.ndarray, other_losses: np.ndarray) -> float:

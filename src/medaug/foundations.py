@@ -31,10 +31,14 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from medaug.phantom import chest, cohort
+from medaug.phantom import chest, cohort, tissue
 from medaug.runtime import progress, replace_when_done
 
 MAX_TOKENS = 32
+NO_CLASS = 10 / 9  # the tissue's difficulty at which its classes' traits are all at their common mean
+# Below and above the median. Short: to a tokenizer that learned other words a letter can be a token, and 32 are read.
+TISSUE_WORDS = {"haematoxylin": ("pale", "dark"), "eosin": ("faint", "pink"), "contrast": ("soft", "hard"),
+                "gaps": ("whole", "torn")}
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int = 600) -> CLIPTokenizer:
@@ -98,9 +102,8 @@ def build_noise_scheduler() -> DDPMScheduler:
 
 
 def to_pixel_values(images_u8: np.ndarray | Tensor) -> Tensor:
-    """(B, H, W) grey uint8 -> (B, 3, H, W) float32 in -1..1, as Stable Diffusion's VAE expects."""
-    images = torch.as_tensor(images_u8).float() / 127.5 - 1.0  # (B, H, W)
-    return images[:, None].expand(-1, 3, -1, -1)
+    """(B, H, W) grey or (B, H, W, 3) RGB uint8 -> (B, 3, H, W) float32 in -1..1, as Stable Diffusion's VAE expects."""
+    return _to_channels(torch.as_tensor(images_u8).float() / 127.5 - 1.0)
 
 
 def compute_vae_loss(vae: AutoencoderKL, images_u8: np.ndarray | Tensor, kl_weight: float = 1e-6) -> Tensor:
@@ -112,7 +115,8 @@ def compute_vae_loss(vae: AutoencoderKL, images_u8: np.ndarray | Tensor, kl_weig
     pixel_values = to_pixel_values(images_u8)
     posterior = vae.encode(pixel_values).latent_dist
     reconstruction = vae.decode(posterior.sample()).sample
-    error = (reconstruction - pixel_values).mean(1)  # the three channels are one grey image
+    error = reconstruction - pixel_values
+    error = error.mean(1) if images_u8.ndim == 3 else error  # grey: the three channels are one image
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     return 10 * error.square().mean() + edges + kl_weight * posterior.kl().mean()
 
@@ -248,10 +252,30 @@ def render_films(n: int, image_size: int, seed: int, cache: Path) -> tuple[np.nd
     return np.load(kept), rows["caption"].tolist()
 
 
+def render_tissue(n: int, image_size: int, seed: int, cache: Path) -> tuple[np.ndarray, list[str]]:
+    """Return n generic simulated H&E patches (N, H, W, 3) uint8 and their captions; rendered once, then read from `cache`.
+
+    Their nuclei have the mean of the three lymphomas' traits, so no class is shown; a caption names stains and section.
+    """
+    rng = np.random.default_rng([6, seed])
+    patients, shots = cohort.draw_seeds(rng, n), cohort.draw_seeds(rng, n)
+    kept = cache / f"tissue-{n}-{image_size}-{seed}.npy"
+    if not kept.exists():
+        labels = np.resize(np.asarray(tissue.CLASSES, dtype=object), n)
+        patches = tissue.render(patients, shots, labels, image_size, NO_CLASS, show_progress=True)["image_u8"]
+        with replace_when_done(kept) as temporary, open(temporary, "wb") as file:
+            np.save(file, patches)
+    drawn, _ = tissue.draw_parameters(patients, shots)
+    ranges = tissue.SLIDE | tissue.IMAGE
+    above = {name: (drawn[name].flatten() > sum(ranges[name]) / 2).tolist() for name in TISSUE_WORDS}
+    words = [", ".join(TISSUE_WORDS[name][above[name][row]] for name in TISSUE_WORDS) for row in range(n)]
+    return np.load(kept), [f"tissue, {found}" for found in words]
+
+
 def train_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, images_u8: np.ndarray, captions: Sequence[str], *, steps: int,
                batch_size: int, learning_rate: float, seed: int, checkpoint: Path,
                mixed_precision: bool = True) -> tuple[CLIPModel, list[dict]]:
-    """Train both towers on films (N, H, W) uint8 and their captions; return the averaged model and the history."""
+    """Train both towers on images (N, H, W) or (N, H, W, 3) uint8 and their captions; return the averaged model and the history."""
     tokens, caption_ids = _tokenize_unique(tokenizer, captions)
     clip.set_attn_implementation("eager")  # on a CPU the fused attention's bfloat16 backward is the slower one
 
@@ -269,7 +293,7 @@ def train_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, images_u8: np.ndarray,
 
 def train_vae(vae: AutoencoderKL, images_u8: np.ndarray, *, steps: int, batch_size: int, learning_rate: float, seed: int,
               checkpoint: Path, mixed_precision: bool = True) -> tuple[AutoencoderKL, list[dict]]:
-    """Train the autoencoder on films (N, H, W) uint8; return the averaged model and the history."""
+    """Train the autoencoder on images (N, H, W) or (N, H, W, 3) uint8; return the averaged model and the history."""
     vae = vae.to(memory_format=torch.channels_last)  # 1.3 times as fast as the default layout on two cores
 
     def compute_loss(model: AutoencoderKL, step: int) -> Tensor:
@@ -317,9 +341,9 @@ def score_retrieval(clip: CLIPModel, tokenizer: CLIPTokenizer, images_u8: np.nda
 
 
 def compute_psnr(images_u8: np.ndarray, reconstructed_u8: np.ndarray) -> np.ndarray:
-    """Return the peak signal-to-noise ratio (N,) in decibels of 8-bit images (N, H, W)."""
-    error = (images_u8.astype(np.float64) - reconstructed_u8) ** 2
-    return 10 * np.log10(255**2 / np.maximum(error.mean((1, 2)), 1e-9))
+    """Return the peak signal-to-noise ratio (N,) in decibels of 8-bit images (N, H, W) or (N, H, W, 3)."""
+    error = ((images_u8.astype(np.float64) - reconstructed_u8) ** 2).reshape(len(images_u8), -1)
+    return 10 * np.log10(255**2 / np.maximum(error.mean(1), 1e-9))
 
 
 def compute_scaling_factor(vae: AutoencoderKL, images_u8: np.ndarray) -> float:
@@ -329,39 +353,44 @@ def compute_scaling_factor(vae: AutoencoderKL, images_u8: np.ndarray) -> float:
 
 
 def sample_films(folder: Path, prompts: Sequence[str], seed: int = 0, num_inference_steps: int = 25,
-                 guidance_scale: float = 2.0, device: str = "cpu") -> np.ndarray:
-    """Load the pipeline in `folder` as anyone would and draw one film a prompt: (N, H, W) uint8."""
+                 guidance_scale: float = 2.0, device: str = "cpu", mode: str = "L") -> np.ndarray:
+    """Load the pipeline in `folder` as anyone would and draw an image a prompt: (N, H, W) uint8, or RGB (N, H, W, 3)."""
     pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None).to(device, torch.float32)
     pipe.set_progress_bar_config(disable=True)
     size = pipe.vae.config.sample_size
     generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
     images = pipe(list(prompts), height=size, width=size, num_inference_steps=num_inference_steps,
                   guidance_scale=guidance_scale, generator=generators, output_type="np").images  # (N, H, W, 3) in 0..1
-    return (images.mean(-1) * 255).round().astype(np.uint8)
+    return ((images.mean(-1) if mode == "L" else images) * 255).round().astype(np.uint8)
 
 
 def write_cards(output_dir: Path, source: str, scores: Sequence[dict], n_images: int, image_size: int) -> None:
     """Write a model card (README.md) with the measured `scores` (rows: part, parameters, steps, score) into each folder."""
-    lines = ["| part | parameters | steps | measured on held-out films |", "|---|---|---|---|"]
+    lines = ["| part | parameters | steps | measured on held-out images |", "|---|---|---|---|"]
     lines += [f"| {row['part']} | {row['parameters']:,} | {row['steps']:,} | {row['score']} |" for row in scores]
     for name, title in (("sd", "Small Stable Diffusion"), ("clip", "Small CLIP")):
         text = f"""# {title} ({source})
 
-Trained from scratch by `notebooks/00-foundations.ipynb` on {n_images:,} films of {image_size} px
+Trained from scratch by `notebooks/00-foundations.ipynb` on {n_images:,} images of {image_size} px
 (source: `{source}`), none of which shows a class of the study. It stands where a downloaded foundation model would
 stand, at a size that two cores can tune. Weights are stored in half precision; load them in float32 on a CPU.
 
 {chr(10).join(lines)}
 
 **Meant for** the embedded study of this project and its tests. **Not meant for** anything clinical: this is research
-software and no diagnostic device. **Limits:** small, trained briefly, blind to anything its training films do not show.
+software and no diagnostic device. **Limits:** small, trained briefly, blind to anything its training images do not show.
 """
         (output_dir / name / "README.md").write_text(text, encoding="utf-8")
 
 
 def _to_clip_pixels(images_u8: np.ndarray) -> Tensor:
     # The same arithmetic as `build_image_processor` on images that already have the right size.
-    return (torch.as_tensor(images_u8).float() / 255 - 0.5)[:, None].expand(-1, 3, -1, -1) / 0.25
+    return _to_channels((torch.as_tensor(images_u8).float() / 255 - 0.5) / 0.25)
+
+
+def _to_channels(images: Tensor) -> Tensor:
+    """(B, H, W) or (B, H, W, 3) -> (B, 3, H, W)."""
+    return images[:, None].expand(-1, 3, -1, -1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
 
 
 def _tokenize_unique(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> tuple[dict[str, Tensor], np.ndarray]:

@@ -1,8 +1,8 @@
 """Sample a Stable Diffusion pipeline into files: seeded per image, batched, resumable, with their provenance.
 
-Image i of class c and generator seed s has its own noise, drawn from (s, c, i) alone, and nothing else is random. So any
-image can be made again alone. Sums in another batch size round differently: the pixels then agree to about one grey level;
-with the batches fixed by index, as here, a resumed run writes the same bytes.
+Image i of class c and generator seed s has its own noise, drawn from (s, c, i) alone (and the fold, where there are folds),
+and nothing else is random. So any image can be made again alone. Sums in another batch size round differently: the pixels
+then agree to about one grey level; with the batches fixed by index, as here, a resumed run writes the same bytes.
 """
 
 import hashlib
@@ -64,9 +64,12 @@ def set_scheduler(pipe: StableDiffusionPipeline, name: str) -> None:
     pipe.scheduler = SCHEDULERS[name].from_config(pipe.scheduler.config)
 
 
-def derive_seed(generator_seed: int, label: str, index: int) -> int:
-    """Return the 48-bit seed of image `index` of class `label`: independent for neighbours, exact in a float column."""
-    digest = hashlib.sha256(f"{generator_seed}/{label}/{index}".encode()).digest()
+def derive_seed(generator_seed: int, label: str, index: int, fold: int = -1) -> int:
+    """Return the 48-bit seed of image `index` of class `label`: independent for neighbours, exact in a float column.
+
+    With folds (`fold` 0, 1, ...) each fold has seeds of its own: the untuned base would draw the same images in all of them.
+    """
+    digest = hashlib.sha256(f"{generator_seed}/{label}/{index}{f'/{fold}' if fold >= 0 else ''}".encode()).digest()
     return int.from_bytes(digest[:6])
 
 
@@ -98,18 +101,21 @@ def sample_images(pipe: StableDiffusionPipeline, prompts: Sequence[str], seeds: 
 
 
 def plan_images(generator: str, prompts: Mapping[str, str], counts: Mapping[str, int], generator_seed: int,
-                ) -> pd.DataFrame:
-    """Return one row per image to make: `image_id, path, label, generator, generator_seed, index, prompt, seed`.
+                fold: int = -1, first: Mapping[str, int] | None = None) -> pd.DataFrame:
+    """Return a row per image to make: `image_id, path, label, generator, generator_seed, fold, index, prompt, seed`.
 
-    `prompts` and `counts` have one entry per class; unequal counts serve to balance a data set. `path` is relative to the
-    run's folder.
+    `prompts` and `counts` have one entry per class; unequal counts serve to balance a data set. `fold` says which fold's
+    generator draws (-1: there are none), `first` with which index each class begins (by default 0). `path` is relative to
+    the run's folder.
     """
+    first, within = first or {}, f"fold-{fold}" if fold >= 0 else ""
+    folder, word = "/".join(filter(None, ["synthetic", generator, within])), "-".join(filter(None, [generator, within]))
     return pd.DataFrame([
-        {"image_id": f"{generator}-{label}-{generator_seed}-{index:05d}",
-         "path": f"synthetic/{generator}/{label}/{generator_seed}-{index:05d}.png", "label": label, "generator": generator,
-         "generator_seed": generator_seed, "index": index, "prompt": prompts[label],
-         "seed": derive_seed(generator_seed, label, index)}
-        for label, count in counts.items() for index in range(count)])
+        {"image_id": f"{word}-{label}-{generator_seed}-{index:05d}",
+         "path": f"{folder}/{label}/{generator_seed}-{index:05d}.png", "label": label, "generator": generator,
+         "generator_seed": generator_seed, "fold": fold, "index": index, "prompt": prompts[label],
+         "seed": derive_seed(generator_seed, label, index, fold)}
+        for label, count in counts.items() for index in range(first.get(label, 0), first.get(label, 0) + count)])
 
 
 def generate(pipe: StableDiffusionPipeline, plan: pd.DataFrame, run_dir: Path, scheduler: str = "dpm-solver++",
@@ -128,13 +134,13 @@ def generate(pipe: StableDiffusionPipeline, plan: pd.DataFrame, run_dir: Path, s
     content = {**settings, "negative_prompt": negative_prompt, "image_size": image_size, "mode": mode,
                "batch_size": batch_size, "code": hash_code(__file__, diffusion.__file__), "device": pipe.device.type,
                "plan": hashlib.sha256(plan.to_csv(index=False).encode()).hexdigest()[:16]}
-    first = plan.iloc[0]
-    card = Path(run_dir) / "synthetic" / first["generator"] / f"settings-{first['generator_seed']}.json"
+    first = Path(run_dir) / plan["path"].iloc[0]
+    card = first.parents[1] / f"settings-{first.parent.name}-{first.stem}.json"  # named after the plan's first image
     if not card.exists() or json.loads(card.read_text(encoding="utf-8"))["content"] != content:
         for path in plan["path"]:
             (Path(run_dir) / path).unlink(missing_ok=True)
         save_json(card, {"content": content})
-    made, seconds, rows, bar = 0, 0.0, [], progress(desc=first["generator"], total=len(plan), unit="image")
+    made, seconds, rows, bar = 0, 0.0, [], progress(desc=plan["generator"].iloc[0], total=len(plan), unit="image")
     for start in range(0, len(plan), batch_size):
         batch = plan.iloc[start:start + batch_size]
         files = [Path(run_dir) / path for path in batch["path"]]
@@ -166,7 +172,7 @@ def save_manifest(manifest: pd.DataFrame, run_dir: Path) -> Path:
         if file not in listed:
             file.unlink()
     with replace_when_done(path) as temporary:
-        manifest.sort_values(["generator", "label", "generator_seed", "index"]).to_parquet(temporary, index=False)
+        manifest.sort_values(["generator", "fold", "label", "generator_seed", "index"]).to_parquet(temporary, index=False)
     return path
 
 

@@ -42,11 +42,15 @@ class Lesson:
 
 
 def fit_captioned(pipe: StableDiffusionPipeline, lesson: Lesson, settings: FitSettings, checkpoint: Path | None = None,
-                  validate: Callable[[UNet2DConditionModel], dict] | None = None) -> tuple[list[dict], dict]:
-    """Train what is trainable in `pipe.unet` with the denoising loss: an adapter, or (`requires_grad_`) every weight."""
+                  validate: Callable[[UNet2DConditionModel], dict] | None = None,
+                  keep: Callable[[UNet2DConditionModel, int], object] | None = None) -> tuple[list[dict], dict]:
+    """Train what is trainable in `pipe.unet` with the denoising loss: an adapter, or (`requires_grad_`) every weight.
+
+    `validate` and `keep` as in `diffusion.fit_lora`.
+    """
     states = diffusion.encode_prompts(pipe, [*lesson.prompts, lesson.negative_prompt])
     return diffusion.fit_lora(pipe.unet, _noise_scheduler(pipe), lesson.latents, lesson.prompt_ids, states[:-1], states[-1],
-                              settings, checkpoint, validate)
+                              settings, checkpoint, validate, keep)
 
 
 def add_prior(lesson: Lesson, latents: tuple[Tensor, Tensor], prompt: str) -> Lesson:
