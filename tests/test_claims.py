@@ -276,3 +276,15 @@ def test_eight_networks_are_ranked_only_where_all_eight_were_trained_with_severa
     for fewer in (rows[2:], [row for row in rows if row["seed"] == 0]):
         assert settle(fewer)["verdict"] == "not testable here"
     assert claims.evaluate_claims({}).set_index("id").loc["4.25", "verdict"] == "answered"
+
+
+def test_an_easy_data_set_is_corrected_only_where_the_border_gives_the_classes_away():
+    row = {"sentence": "border: tells the classes apart better than chance", "balanced_accuracy": 0.8, "chance": 0.333,
+           "ci_low": 0.79, "ci_high": 0.81}  # fmt: skip
+
+    def settle(border):
+        return claims.evaluate_claims({"covid-local": {"audit.json": {"shortcut_scores": [border]}}}).set_index("id").loc["4.23"]
+
+    found = settle(row)
+    assert found["verdict"] == "corrected" and "0.800 balanced accuracy [0.790, 0.810], chance 0.333" in found["value"]
+    assert settle(row | {"ci_low": 0.32})["verdict"] == "not testable here"

@@ -526,6 +526,20 @@ def _split_by_image(claim, published, studies):
     )
 
 
+@settles("4.23")
+def _easy_for_the_wrong_reason(claim, published, studies):
+    rows = _audit(studies, "covid-local").get("shortcut_scores", [])
+    border = next((row for row in rows if row["sentence"].startswith("border")), None)
+    if not border or border["ci_low"] <= border["chance"]:
+        return None
+    return Finding(
+        "corrected",
+        "covid-local/01-data-audit",
+        f"without a lung in sight: a classifier of the border alone reaches {border['balanced_accuracy']:.3f} balanced accuracy "
+        f"[{border['ci_low']:.3f}, {border['ci_high']:.3f}], chance {border['chance']:.3f}; the viral films are children's, of another hospital",
+    )
+
+
 def _accuracies(studies: Studies, study: str, model: str, split: str) -> pd.DataFrame:
     """Return the runs of `model` on all real training images of `study` (no rows where there are none)."""
     runs = studies.get(study, {}).get(
