@@ -73,9 +73,11 @@ def find_studies(published: bool = False) -> list[str]:
         "guangzhou-local",
         "lymphoma-local",
         "covid-local",
+        "lungs-local",
         "guangzhou",
         "lymphoma",
         "covid",
+        "covid-segmentation",
     ]
     folders = {path.parent.name for path in paths.RESULTS.glob("*/*.csv")}
     if not published:
