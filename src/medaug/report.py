@@ -272,6 +272,9 @@ def compose_limits(source: Tables) -> str:
         "which need a GPU.",
         "**One generator, few seeds.** Training seeds and generator seeds both vary, but the generator "
         "itself is tuned once per study; how much a second tuning would differ is not in the intervals.",
+        "**Another processor is another draw.** On one machine two runs give the same bytes. On another, sums round "
+        "differently in the last digit, and training makes of that what another seed would make: a comparison near "
+        "its limit may be decided on one machine and not on the other. The interval is what holds for both.",
         "**Distances are not use.** FID, KID and the like say how similar two sets of images look to an "
         "encoder. They are shown beside what the images were worth, and the two need not agree.",
     ]
