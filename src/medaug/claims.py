@@ -536,7 +536,7 @@ def _easy_for_the_wrong_reason(claim, published, studies):
         "corrected",
         "covid-local/01-data-audit",
         f"without a lung in sight: a classifier of the border alone reaches {border['balanced_accuracy']:.3f} balanced accuracy "
-        f"[{border['ci_low']:.3f}, {border['ci_high']:.3f}], chance {border['chance']:.3f}; the viral films are children's, of another hospital",
+        f"[{border['ci_low']:.3f}, {border['ci_high']:.3f}], chance {border['chance']:.3f}",
     )
 
 
