@@ -146,6 +146,21 @@ def test_latents_are_those_of_the_vae_and_kept_by_content(pipe, tmp_path, channe
         diffusion.encode_latents(pipe.vae, images[::-1], tmp_path)
 
 
+def test_encoding_and_decoding_halve_their_batch(pipe, monkeypatch, capsys):
+    images_u8, encode = draw_images(5), pipe.vae.encode
+    whole = diffusion.encode_latents(pipe.vae, images_u8), diffusion.reconstruct(pipe.vae, images_u8)
+
+    def hungry(pixel_values):
+        if len(pixel_values) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(pixel_values)
+
+    monkeypatch.setattr(pipe.vae, "encode", hungry)
+    torch.testing.assert_close(diffusion.encode_latents(pipe.vae, images_u8, batch_size=4), whole[0])
+    np.testing.assert_allclose(diffusion.reconstruct(pipe.vae, images_u8, batch_size=4), whole[1], atol=1)
+    assert capsys.readouterr().out.count("out of memory at 4 images: going on with 2") == 2
+
+
 def test_reconstruction_is_the_mean_decoded_and_grey_stays_grey(pipe):
     images_u8 = draw_images(3)
     rgb = np.repeat(images_u8[..., None], 3, -1)

@@ -23,6 +23,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     target = tmp_path / "deep" / "table.csv"
     with runtime.replace_when_done(target) as temporary:
         temporary.write_text("old")
+        assert not list(target.parent.glob("*.csv"))  # if the process were killed here, no reader would find the half
     with pytest.raises(RuntimeError), runtime.replace_when_done(target) as temporary:
         temporary.write_text("half of the new")
         assert target.read_text() == "old"

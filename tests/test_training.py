@@ -49,6 +49,12 @@ def test_a_small_cnn_learns_and_keeps_its_best_validation_score():
     assert again == pytest.approx(history["val_macro_f1"].max(), abs=1e-9)
 
 
+@pytest.mark.parametrize("steps", range(1, 6))
+def test_a_handful_of_steps_is_a_run_too(steps):
+    _, history = train_small(plan=TrainingPlan(steps=steps, batch_size=8, learning_rate=3e-3, evaluations=1))
+    assert history["step"].tolist() == [steps] and history["learning_rate"].notna().all()
+
+
 def test_the_number_of_steps_does_not_depend_on_the_number_of_images():
     for n in (3, 20, 700):
         rows = training.draw_batches(n, 8, 25, seed=1)

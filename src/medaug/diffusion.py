@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TypeVar
 
 import diffusers
 import numpy as np
@@ -29,6 +30,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from medaug.runtime import progress, replace_when_done
 
+T = TypeVar("T")
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # what diffusers' own LoRA script adapts
 BANDS = ((0, 250), (250, 500), (500, 750), (750, 1000))  # timesteps: fine detail ... coarse anatomy
 
@@ -90,39 +92,54 @@ def encode_latents(vae: AutoencoderKL, images_u8: np.ndarray, cache: Path | None
     """Return mean and standard deviation (N, C, H/8, W/8) of the scaled latents of grey or RGB `images_u8`.
 
     `images_u8` is (N, H, W) or (N, H, W, 3) uint8. Both are float32 on the CPU. With `cache` (a folder) they are kept
-    there, keyed by the images and the VAE's weights. To keep one draw instead of both is a known fault of caches.
+    there, keyed by the images and the VAE's weights. To keep one draw instead of both is a known fault of caches. Out of
+    memory halves the batch and says so.
     """
     scale = vae.config.scaling_factor
     images_u8 = np.ascontiguousarray(images_u8)
     key = _hash(images_u8.tobytes(), str(images_u8.shape), hash_weights(vae), str(scale))
 
-    @torch.inference_mode()
+    def encode(batch_u8: np.ndarray) -> Tensor:
+        posterior = vae.encode(to_pixel_values(batch_u8).to(vae.device, vae.dtype)).latent_dist
+        return torch.stack([posterior.mean, posterior.std], dim=1).float().cpu() * scale  # (B, 2, C, h, w)
+
     def compute() -> dict[str, Tensor]:
-        parts = []
-        for start in progress(range(0, len(images_u8), batch_size), desc="encode images", unit="batch"):
-            pixel_values = to_pixel_values(images_u8[start:start + batch_size])
-            posterior = vae.encode(pixel_values.to(vae.device, vae.dtype)).latent_dist
-            parts.append(torch.stack([posterior.mean, posterior.std]).float().cpu() * scale)
-        mean, std = torch.cat(parts, dim=1)  # (2, N, C, h, w) -> 2 x (N, C, h, w)
+        mean, std = torch.cat(_map_batches(encode, images_u8, batch_size, "encode images")).unbind(1)
         return {"mean": mean.contiguous(), "std": std.contiguous()}
 
     kept = _keep(cache, f"latents-{key}", compute)
     return kept["mean"], kept["std"]
 
 
-@torch.inference_mode()
 def reconstruct(vae: AutoencoderKL, images_u8: np.ndarray, batch_size: int = 64) -> np.ndarray:
     """Return grey (N, H, W) or RGB (N, H, W, 3) `images_u8` as the VAE gives them back (posterior's mean), same shape.
 
-    What is lost here, no generator on this VAE can draw.
+    What is lost here, no generator on this VAE can draw. Out of memory halves the batch and says so.
     """
-    rebuilt = []
-    for start in range(0, len(images_u8), batch_size):
-        pixel_values = to_pixel_values(images_u8[start:start + batch_size]).to(vae.device, vae.dtype)
+    def rebuild(batch_u8: np.ndarray) -> np.ndarray:
+        pixel_values = to_pixel_values(batch_u8).to(vae.device, vae.dtype)
         decoded = vae.decode(vae.encode(pixel_values).latent_dist.mode()).sample.float().cpu()  # (B, 3, H, W)
         image = decoded.mean(1) if images_u8.ndim == 3 else decoded.permute(0, 2, 3, 1)  # grey: the mean of equal channels
-        rebuilt.append(((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy())
-    return np.concatenate(rebuilt)
+        return ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
+
+    return np.concatenate(_map_batches(rebuild, images_u8, batch_size, "through the autoencoder"))
+
+
+@torch.inference_mode()
+def _map_batches(function: Callable[[np.ndarray], T], images_u8: np.ndarray, batch_size: int, words: str) -> list[T]:
+    """Return what `function` makes of each batch, in order; a batch too large for the memory is tried again at half."""
+    results, start = [], 0
+    with progress(total=len(images_u8), desc=words, unit="image") as bar:
+        while start < len(images_u8):
+            batch_u8 = images_u8[start:start + batch_size]
+            try:
+                results.append(function(batch_u8))
+            except RuntimeError as error:
+                batch_size = halve_batch(batch_size, error)
+                continue
+            start += len(batch_u8)
+            bar.update(len(batch_u8))
+    return results
 
 
 def encode_prompts(pipe: StableDiffusionPipeline, prompts: Sequence[str], cache: Path | None = None) -> Tensor:

@@ -7,6 +7,7 @@ import platform
 import random
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -118,15 +119,16 @@ def progress(iterable: Iterable | None = None, desc: str = "", total: int | None
 
 @contextlib.contextmanager
 def replace_when_done(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside `path` and rename it to `path` on success, so no reader meets half a file."""
+    """Yield a temporary path and move the file to `path` on success, so no reader meets half a file.
+
+    It is in a hidden folder of its own beside `path`: what a killed process leaves there matches no reader's pattern.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent, ignore_cleanup_errors=True) as folder:
+        temporary = Path(folder) / path.name
         yield temporary
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_json(path: Path | str, value: dict) -> None:

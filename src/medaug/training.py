@@ -324,8 +324,9 @@ def _build_optimizer(parameters: list[nn.Parameter], plan: TrainingPlan) -> torc
 
 def _build_schedule(optimizer: torch.optim.Optimizer, plan: TrainingPlan) -> torch.optim.lr_scheduler.LRScheduler:
     if plan.schedule == "one-cycle":
+        warm_up = 0.2 if plan.steps > 4 else 0.3  # of four steps a fifth is none, and PyTorch divides by its length
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, plan.learning_rate, total_steps=plan.steps + 1,
-                                                   pct_start=0.2, cycle_momentum=False)
+                                                   pct_start=warm_up, cycle_momentum=False)
     if plan.schedule == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, plan.steps)
     if plan.schedule == "constant":
