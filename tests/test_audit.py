@@ -273,6 +273,15 @@ def test_a_preparation_takes_out_a_shift_of_brightness_and_the_map_shows_where_o
     assert table.loc["as stored", "auc"] > 0.95 and table.loc["as stored", "change"] == 0
     assert table.loc["standardised", "auc"] < 0.65 and table.loc["standardised", "ci_high"] < 0
     assert table["balanced_accuracy"].min() > 0.9  # the classes survive either
+    assert table.loc["as stored", ["gain", "gain_low", "gain_high"]].eq(0).all()
+    gained = table.loc["standardised"]
+    assert gained["gain_low"] <= gained["gain"] <= gained["gain_high"]
+    assert gained["gain"] == pytest.approx(gained["balanced_accuracy"] - table.loc["as stored", "balanced_accuracy"])
+    noise = rng.normal(size=features["as stored"].shape)  # what knows the classes beats what does not, beyond doubt
+    known = audit.compare_preparations({"noise": noise} | features, manifest, ["a", "b"])
+    assert known.loc[known["chosen"], "preparation"].tolist() == [known.loc[known["balanced_accuracy"].idxmax(), "preparation"]]
+    unknown = audit.compare_preparations({"noise": noise, "again": noise + 1e-9}, manifest, ["a", "b"])
+    assert unknown["chosen"].tolist() == [True, False]
     for name in audit.PREPARATIONS:
         prepared = audit.prepare_images(images_u8[:3], name)
         assert prepared.shape == (3, 32, 32) and 0 <= prepared.min() and prepared.max() <= 1.0001, name
