@@ -26,7 +26,7 @@ report: ## run the embedded study on simulated images, build the site, print whe
 
 test: ## pass the tests
 	@$(MAKE) -s env
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(N) --dist loadscope
 
 lab: ## step through the notebooks in JupyterLab
 	@$(MAKE) -s env

@@ -18,6 +18,7 @@ import bench_features  # noqa: E402
 import bench_generation  # noqa: E402
 import bench_gpu  # noqa: E402
 import bench_lora  # noqa: E402
+import bench_segmentation  # noqa: E402
 import bench_statistics  # noqa: E402
 import bench_training  # noqa: E402
 import run  # noqa: E402
@@ -83,6 +84,12 @@ def test_kept_features_end_at_the_accuracy_of_the_plain_way(monkeypatch):
 def test_both_ways_of_an_epoch_run():
     comparison, = bench_training.list_comparisons(("resnet18",), n=32, n_val=8)
     assert comparison.ours() > 0 and comparison.plain() > 0
+
+
+def test_both_ways_of_learning_masks_run(monkeypatch):
+    monkeypatch.setattr(bench_segmentation, "STEPS", 2)
+    comparison, = bench_segmentation.list_comparisons()
+    assert comparison.ours() > 0 and comparison.plain() > 0 and bench_segmentation.report_peak(bench_segmentation.fit_ours) > 100
 
 
 @pytest.fixture
