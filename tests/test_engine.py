@@ -156,10 +156,8 @@ def test_snakemake_writes_under_runs_only(project):
 
 
 def test_notebooks_that_may_run_side_by_side_fit_on_two_cores(project):
-    """05 beside 04 and 06: one thread each; the two trainings before them have both cores."""
-    threads = {name: studies.resolve_parameters("phantom", name)["threads"] for name in studies.list_notebooks("phantom")}
-    assert all(threads[name] == 1 for name in ("04-clip-lora", "05-baselines", "06-segmentation"))
-    assert max(threads.values()) <= 2
+    """06 beside 02 and 03, 05 beside 04: one thread each. Threads that wait for each other are slow wherever something else runs."""
+    assert all(studies.resolve_parameters("phantom", name)["threads"] == 1 for name in studies.list_notebooks("phantom"))
 
 
 @pytest.mark.parametrize("profile", ["local", "slurm", "kubernetes"])
