@@ -92,6 +92,12 @@ def test_a_network_learns_an_easy_mask(pairs):
     assert lung_masks.segmentation_metrics(probs > 0.5, masks)["dice_per_image"] > 0.9
 
 
+@pytest.mark.parametrize("steps", [1, 5])
+def test_a_handful_of_steps_is_a_run_too(pairs, steps):
+    history = segmentation.fit_segmenter(build_tiny(), *pairs, SegmenterPlan(steps=steps, batch_size=2), seed=0)
+    assert history[-1]["step"] == steps
+
+
 def test_training_repeats_itself(pairs):
     images, masks = pairs
     plan = SegmenterPlan(steps=2, batch_size=3)

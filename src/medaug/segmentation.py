@@ -171,7 +171,8 @@ def _build_optimizer(model: nn.Module, log_variances: Tensor, plan: SegmenterPla
     optimizer = OPTIMIZERS[plan.optimizer](groups, weight_decay=plan.weight_decay)
     if plan.schedule == "constant":
         return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=plan.steps, pct_start=0.2)
+    warm_up = 0.2 if plan.steps > 5 else 0.3  # of five steps a fifth has no length, and PyTorch divides by it
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=plan.steps, pct_start=warm_up)
 
 
 def _compute_losses(model: nn.Module, pixel_values: Tensor, mask: Tensor, target: Tensor | None,
