@@ -113,6 +113,8 @@ def test_tissue_shows_no_class_and_its_captions_name_none(tmp_path):
     patches, captions = foundations.render_tissue(6, 32, 0, tmp_path)
     assert patches.shape == (6, 32, 32, 3) and patches.dtype == np.uint8 and len(set(captions)) > 1
     assert max(len(caption.replace(" ", "")) for caption in captions) <= foundations.MAX_TOKENS - 2  # a token a letter
+    wide, same = foundations.render_tissue(6, 32, 0, tmp_path, 256.0)
+    assert same == captions and not np.array_equal(wide, patches)  # another file in the same cache
     traits = tissue.mix_traits(list(tissue.CLASSES), foundations.NO_CLASS)
     for values in traits.values():
         assert torch.allclose(values, values[:1].expand_as(values), atol=1e-6)

@@ -43,6 +43,9 @@ def test_render_returns_the_documented_arrays():
     assert out["lung_mask"].dtype == out["finding_mask"].dtype == bool
     patches = tissue.render([1, 2], [3, 4], ["fl", "mcl"], size=48)
     assert patches["image_u8"].shape == (2, 48, 48, 3) and patches["nucleus_mask"].shape == (2, 48, 48)
+    wide = tissue.render([1, 2], [3, 4], ["fl", "mcl"], size=96, field=192.0)  # three times the width, the same nuclei
+    edges, edges_wide = (np.diff(out["nucleus_mask"], axis=2).mean() for out in (tissue.render([1, 2], [3, 4], ["fl", "mcl"], size=96), wide))
+    assert wide["image_u8"].shape == (2, 96, 96, 3) and edges_wide > 2 * edges
     assert chest.render([], [], [])["image_u8"].shape == (0, 64, 64)
 
 

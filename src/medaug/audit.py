@@ -510,7 +510,7 @@ def compare_preparations(
     """
     split, y_true = manifest["split"], manifest["label"].to_numpy()
     pool = split.isin(["train", "val"]).to_numpy()
-    rows, draws, first = [], {}, next(iter(features))
+    rows, draws, first, as_first = [], {}, next(iter(features)), None
     for name, x in features.items():
         own = manifest["patient_id"].to_numpy()
         correct = _mark_correct(_linear_model(), x[pool], y_true[pool], own[pool], seed, n_folds)

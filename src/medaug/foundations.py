@@ -252,17 +252,18 @@ def render_films(n: int, image_size: int, seed: int, cache: Path) -> tuple[np.nd
     return np.load(kept), rows["caption"].tolist()
 
 
-def render_tissue(n: int, image_size: int, seed: int, cache: Path) -> tuple[np.ndarray, list[str]]:
-    """Return n generic simulated H&E patches (N, H, W, 3) uint8 and their captions; rendered once, then read from `cache`.
+def render_tissue(n: int, image_size: int, seed: int, cache: Path, field: float = tissue.FIELD) -> tuple[np.ndarray, list[str]]:
+    """Return n generic simulated H&E patches (N, H, W, 3) uint8, `field` micrometres wide, and their captions; rendered once,
+    then read from `cache`.
 
     Their nuclei have the mean of the three lymphomas' traits, so no class is shown; a caption names stains and section.
     """
     rng = np.random.default_rng([6, seed])
     patients, shots = cohort.draw_seeds(rng, n), cohort.draw_seeds(rng, n)
-    kept = cache / f"tissue-{n}-{image_size}-{seed}.npy"
+    kept = cache / f"tissue-{n}-{image_size}-{seed}-{field:g}um.npy"
     if not kept.exists():
         labels = np.resize(np.asarray(tissue.CLASSES, dtype=object), n)
-        patches = tissue.render(patients, shots, labels, image_size, NO_CLASS, show_progress=True)["image_u8"]
+        patches = tissue.render(patients, shots, labels, image_size, NO_CLASS, show_progress=True, field=field)["image_u8"]
         with replace_when_done(kept) as temporary, open(temporary, "wb") as file:
             np.save(file, patches)
     drawn, _ = tissue.draw_parameters(patients, shots)

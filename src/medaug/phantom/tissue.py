@@ -17,9 +17,9 @@ from medaug.phantom.geometry import bump, smooth_field, soft_step
 from medaug.runtime import progress
 
 CLASSES = ("cll", "fl", "mcl")
-FIELD = 64.0  # micrometres across a patch, at any size in pixels
+FIELD = 64.0  # micrometres across a patch, at any size in pixels; `render` takes others
 WINDOW = 15.0  # micrometres across the window in which a nucleus is drawn
-GRID = 17  # candidate nuclei per side
+GRID = 17  # candidate nuclei per side of such a field
 HAEMATOXYLIN, EOSIN = (0.65, 0.70, 0.29), (0.14, 0.85, 0.42)
 
 TRAITS = ("radius", "spread", "large", "elongation", "notch", "irregularity", "clumping", "nodularity")
@@ -39,12 +39,12 @@ IMAGE = {
 }  # fmt: skip
 
 
-def render(patients, images, labels, size=64, difficulty=0.5, batch_size=None, show_progress=False) -> dict:
+def render(patients, images, labels, size=64, difficulty=0.5, batch_size=None, show_progress=False, field=FIELD) -> dict:
     """Render N patches: {"image_u8": (N, H, W, 3) uint8 RGB, "nucleus_mask": (N, H, W) bool}, numpy arrays.
 
     `patients` (the slide: stains, scanner) and `images` (cells, focus) are N non-negative int64 seeds,
-    `labels` N names of `CLASSES`. `difficulty` 1 leaves a tenth of the difference between the classes. Equal
-    seeds give equal bytes in any batch. Raises ValueError for a label that is not known.
+    `labels` N names of `CLASSES`. `difficulty` 1 leaves a tenth of the difference between the classes. `field` is
+    the width of a patch in micrometres: a wide one shows many small nuclei. Equal seeds give equal bytes in any batch. Raises ValueError for a label that is not known.
     """
     patients, images, labels = np.asarray(patients), np.asarray(images), np.asarray(labels, dtype=object)
     unknown = sorted(set(labels) - set(CLASSES))
@@ -54,42 +54,44 @@ def render(patients, images, labels, size=64, difficulty=0.5, batch_size=None, s
         "image_u8": np.zeros((len(labels), size, size, 3), np.uint8),
         "nucleus_mask": np.zeros((len(labels), size, size), bool),
     }
-    batch_size = batch_size or max(1, 16 * 64**2 // size**2)  # keeps memory below 200 MB
+    batch_size = batch_size or max(1, int(16 * min((64 / size) ** 2, (4 * FIELD / field) ** 2)))  # keeps memory below 200 MB
     starts = range(0, len(labels), batch_size)
     for start in progress(starts, "rendering") if show_progress else starts:
         rows = slice(start, start + batch_size)
-        batch = render_batch(patients[rows], images[rows], labels[rows], size, difficulty)
-        for name, field in zip(out, batch, strict=True):
-            out[name][rows] = field.numpy()
+        batch = render_batch(patients[rows], images[rows], labels[rows], size, difficulty, field)
+        for name, values in zip(out, batch, strict=True):
+            out[name][rows] = values.numpy()
     return out
 
 
 @torch.no_grad()
-def render_batch(patients, images, labels, size, difficulty):
+def render_batch(patients, images, labels, size, difficulty, field=FIELD):
     """Render one batch at once; see `render`."""
-    p, draws = draw_parameters(patients, images)
+    p, draws = draw_parameters(patients, images, field)
     traits = mix_traits(labels, difficulty)
     texture = smooth_field(draws["texture"], size)
-    cells = place_cells(p, draws["cells"], traits)
-    haematoxylin, mask = draw_nuclei(cells, traits, size)
+    cells = place_cells(p, draws["cells"], traits, field)
+    haematoxylin, mask = draw_nuclei(cells, traits, size, field)
     haematoxylin = haematoxylin + (0.10 + 0.03 * texture[0]).clamp_min(0)
     crack = soft_step(texture[2] - 1.0 + 0.9 * p["gaps"], 0.5)
     gap = bump(texture[1] * 4) * crack * ~mask  # where the section has torn
     eosin = (
         (1 + 0.25 * texture[0] + 0.15 * texture[2]).clamp_min(0.2) * torch.where(mask, 0.6, 1.0) * (1 - gap)
     )
-    haematoxylin = p["amount"] * balance_stain(haematoxylin * (1 - 0.8 * gap), p["contrast"])
-    eosin = balance_stain(eosin, 0.7 * p["contrast"])
+    contrast = p["contrast"] * min(1, 3.5 * size / field)  # a pixel wider than a nucleus's radius (um) averages over it
+    haematoxylin = p["amount"] * balance_stain(haematoxylin * (1 - 0.8 * gap), contrast)
+    eosin = balance_stain(eosin, 0.7 * contrast)
     return stain(haematoxylin, eosin, p, draws["shot"]), mask
 
 
-def draw_parameters(patients, images) -> tuple[dict, dict]:
+def draw_parameters(patients, images, field=FIELD) -> tuple[dict, dict]:
     """Draw all that N images need from their seeds: ({name: (N, 1, 1)}, {"cells", "texture", "shot"})."""
+    side = round(GRID * field / FIELD)
     values, cells, texture, shots = [], [], [], []
     for patient, image in zip(patients.tolist(), images.tolist(), strict=True):
         slide, shot = np.random.default_rng([4, patient]), np.random.default_rng([5, image, patient])
         values.append(np.concatenate([slide.random(len(SLIDE)), shot.random(len(IMAGE))]))
-        cells.append(shot.random((12, GRID * GRID), dtype=np.float32))
+        cells.append(shot.random((12, side * side), dtype=np.float32))
         texture.append(shot.standard_normal((3, 12, 12), dtype=np.float32))
         shots.append(shot)
     unit, p = np.stack(values), {}
@@ -110,20 +112,21 @@ def mix_traits(labels, difficulty):
     return {name: rows[:, k, None] for k, name in enumerate(TRAITS)}
 
 
-def place_cells(p, u, traits) -> dict:
-    """Place the candidate nuclei of each image on a jittered hexagonal lattice; {name: (N, GRID^2)}, lengths
+def place_cells(p, u, traits, field=FIELD) -> dict:
+    """Place the candidate nuclei `u` (N, 12, K) of each image on a jittered hexagonal lattice; {name: (N, K)}, lengths
     in um.
 
     Large cells gather in the nodule and small ones around it, in proportion to the class's nodularity.
     """
-    row, column = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
+    side = math.isqrt(u.shape[-1])
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     column = column + 0.5 * (row % 2)
     pitch = 1.98 * traits["radius"] * (1 + 0.35 * traits["large"]) * p["pitch"][:, :, 0]
-    x = (column.flatten() - GRID / 2 + 0.25 + 0.45 * (u[:, 0] - 0.5)) * pitch
-    y = (row.flatten() - GRID / 2 + 0.5 + 0.45 * (u[:, 1] - 0.5)) * pitch * 0.87
+    x = (column.flatten() - side / 2 + 0.25 + 0.45 * (u[:, 0] - 0.5)) * pitch
+    y = (row.flatten() - side / 2 + 0.5 + 0.45 * (u[:, 1] - 0.5)) * pitch * 0.87
     c, s = torch.cos(p["turn"])[:, :, 0], torch.sin(p["turn"])[:, :, 0]
     x, y = x * c - y * s, x * s + y * c
-    away = ((x / FIELD * 2 - p["node_x"][:, :, 0]) ** 2 + (y / FIELD * 2 - p["node_y"][:, :, 0]) ** 2).sqrt()
+    away = ((x / field * 2 - p["node_x"][:, :, 0]) ** 2 + (y / field * 2 - p["node_y"][:, :, 0]) ** 2).sqrt()
     node = soft_step(p["node_r"][:, :, 0] - away, 0.15)
     large = u[:, 2] < traits["large"] * (1 + traits["nodularity"] * (1.6 * node - 0.8))
     radius = traits["radius"] * (1 + traits["spread"] * (3.4 * u[:, 3] - 1.7)) * torch.where(large, 1.5, 1.0)
@@ -137,9 +140,9 @@ def place_cells(p, u, traits) -> dict:
     }  # fmt: skip
 
 
-def draw_nuclei(cells, traits, size):
+def draw_nuclei(cells, traits, size, field=FIELD):
     """Return the haematoxylin of all nuclei, which adds up where they overlap, and their mask; (N, H, W)."""
-    scale = size / FIELD  # pixels per um
+    scale = size / field  # pixels per um
     width = int(math.ceil(WINDOW * scale)) | 1
     offset, margin = torch.arange(width) - width // 2, size + 2 * width
     px, py = (cells[name] * scale + size / 2 for name in ("x", "y"))  # (N, K)
