@@ -91,6 +91,23 @@ def test_the_effect_comes_from_the_verdict_table():
     assert "small-cnn): +1.2 points of macro F1 [-0.3, +2.7]" in found.loc["0.24", "value"]
 
 
+def test_the_lymphoma_arms_come_from_their_study(alone):
+    assert set(alone.loc[list(claims.LYMPHOMA_ARMS), "verdict"]) == {"not testable here"}
+    arms = sorted({arm for wanted in claims.LYMPHOMA_ARMS.values() for arm in wanted})
+    verdict = pd.DataFrame({"arm": arms, "control": "real", "metric": "macro_f1", "model": "mobilenetv2-frozen", "n_images": 374,
+                            "delta": 0.011, "ci_low": -0.02, "ci_high": 0.042})  # fmt: skip
+    made = pd.DataFrame({"generator": ["lora@40", "lora", "lora@guidance_scale=2.5", "lora@guidance_scale=40.0"], "label": "all",
+                         "encoder": "clip-foundation", "kid": [0.9, 0.4, 0.4, 3.0], "class_recovery": [0.4, 0.6, 0.6, 0.9]})
+    study = {"verdict.csv": verdict, "synthesis.csv": made}
+    found = claims.evaluate_claims({"lymphoma-local": study}).set_index("id")
+    assert set(found.loc[list(claims.LYMPHOMA_ARMS), "verdict"]) == {"answered"}
+    assert "real+dct2 +1.1 [-2.0, +4.2]" in found.loc["2.14", "value"] and "374 images" in found.loc["2.14", "value"]
+    assert found.loc["2.05", "value"].endswith("40: KID 0.90, class recovered 40%; lora: KID 0.40, class recovered 60%")
+    assert found.loc["2.07", "value"].endswith("2.5: KID 0.40, class recovered 60%; 40.0: KID 3.00, class recovered 90%")
+    fewer = claims.evaluate_claims({"lymphoma-local": study | {"verdict.csv": verdict[verdict["arm"] != "real+dct2"]}}).set_index("id")
+    assert fewer.loc["2.14", "verdict"] == "not testable here" and fewer.loc["2.08", "verdict"] == "answered"
+
+
 def test_runs_on_fewer_patients_count_for_no_claim():
     ways = ["real", "real-downsampled", "real-weighted", "real-oversampled"]
     runs = pd.DataFrame([dict(arm=way, model="mobilenetv2-frozen", split="test", seed=seed, fraction=fraction, macro_f1=score)

@@ -775,6 +775,49 @@ def _balancing(claim, published, studies):
     )
 
 
+LYMPHOMA_ARMS = {
+    "2.08": ("real+synthetic",),
+    "2.09": ("real+dct1", "real+dct1-corrected"),
+    "2.14": ("real+dct1", "real+dct1-corrected", "real+dct2", "real+dct2-corrected"),
+    "2.15": ("real+synthetic", "real+dct1", "real+dct2", "real+duplicates"),
+}
+
+
+@settles(*LYMPHOMA_ARMS)
+def _lymphoma_arms(claim, published, studies):
+    rows = studies.get("lymphoma-local", {}).get("verdict.csv", pd.DataFrame(columns=["arm", "control"]))
+    rows = rows[rows["control"] == "real"].set_index("arm")
+    if not set(LYMPHOMA_ARMS[claim]) <= set(rows.index):
+        return None
+    listed = "; ".join(
+        f"{arm} {100 * row.delta:+.1f} [{100 * row.ci_low:+.1f}, {100 * row.ci_high:+.1f}]"
+        for arm, row in rows.loc[list(LYMPHOMA_ARMS[claim])].iterrows()
+    )
+    first = rows.iloc[0]
+    return Finding(
+        "answered",
+        "lymphoma-local/07-verdict",
+        f"points of {first['metric']} over the real images alone ({first['model']}, {first['n_images']:.0f} images, each "
+        f"tested once): {listed}",
+    )
+
+
+@settles("2.05", "2.07")
+def _lymphoma_generator(claim, published, studies):
+    rows = studies.get("lymphoma-local", {}).get("synthesis.csv", pd.DataFrame(columns=["generator", "label"]))
+    rows = rows[rows["label"] == "all"].dropna(subset=["kid"] if len(rows) else None)
+    sweep = "lora@guidance_scale=" if claim == "2.07" else "lora@"
+    kept = rows[rows["generator"].str.match(rf"{sweep}[0-9.]+$") | ((claim == "2.05") & (rows["generator"] == "lora"))]
+    if kept["generator"].nunique() < 2 or (claim == "2.07" and f"{sweep}40.0" not in set(kept["generator"])):
+        return None
+    means = kept[kept["encoder"] == kept["encoder"].iloc[0]].groupby("generator", sort=False)[["kid", "class_recovery"]].mean()
+    listed = "; ".join(
+        f"{name.removeprefix(sweep)}: KID {row.kid:.2f}, class recovered {row.class_recovery:.0%}" for name, row in means.iterrows()
+    )
+    what = "guidance" if claim == "2.07" else "steps of training (lora: all)"
+    return Finding("answered", "lymphoma-local/03-generation", f"small generator of 64 px, by {what}: {listed}")
+
+
 @settles("3.16")
 def _ill_called_normal(claim, published, studies):
     rows = _rows(
