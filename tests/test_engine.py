@@ -9,13 +9,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from medaug import engine, paths, studies
+from medaug import engine, paths, runtime, studies
 
 ROOT = Path(__file__).resolve().parents[1]
 LAST = "07-verdict"
@@ -228,6 +229,23 @@ def test_a_notebook_does_not_outlive_the_run_that_was_killed():
     assert process.stdout.read() == ""  # returns when the last holder of the pipe, the child, has gone
     assert time.time() - killed < 30
     process.wait()
+
+
+def test_half_written_files_are_nobodys(tmp_path, monkeypatch):
+    """Another process may write beside us, and one that was killed leaves its half."""
+    monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
+    folder = paths.run_dir("tiny") / "tables"
+    folder.mkdir(parents=True)
+    (folder / "a.csv").write_text("a\n1\n")
+    for name in ("b.csv", "../run.json"):
+        sums, state = engine.hash_tables("tiny"), engine.fingerprint_study("tiny")
+        with runtime.replace_when_done(folder / name) as temporary:
+            temporary.write_text("half")
+            assert engine.hash_tables("tiny") == sums and engine.fingerprint_study("tiny") == state
+            engine.pack_run("tiny", tmp_path / "bundle.tar")
+            with tarfile.open(tmp_path / "bundle.tar") as bundle:
+                assert not [member for member in bundle.getnames() if runtime.PARTIAL in member]
+        assert engine.fingerprint_study("tiny") != state
 
 
 def test_bundles_carry_what_a_step_wrote(tmp_path, monkeypatch):

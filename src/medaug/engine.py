@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
-from medaug import paths, studies
+from medaug import paths, runtime, studies
 
 PACKAGE = "medaug"
 SITE, DONE = ".site", ".done"  # in runs/<study>/: where the site is; the state after the last complete run
@@ -250,7 +250,8 @@ def fingerprint_study(study: str) -> str:
         (paths.ROOT / "src").rglob("*.py"), paths.FOUNDATIONS.rglob("*"), find_site_sources(), run_dir.glob("*/*.ipynb"),
         run_dir.glob("*.*"), run_dir.glob("*/*.json"), run_dir.glob("*/*.parquet"), run_dir.glob("tables/*"),
         paths.RUNS.glob("*/tables/*.csv"), (paths.ROOT / "data").glob("*.csv"))
-    files = sorted({path for group in groups for path in group if path.is_file() and path.name[0] != "."})
+    files = sorted({path for group in groups for path in group
+                    if path.is_file() and path.name[0] != "." and not runtime.is_partial(path)})  # fmt: skip
     stats = ((path, path.stat()) for path in files)
     listing = [f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats]
     return hashlib.sha256("\n".join(listing).encode()).hexdigest()
@@ -340,7 +341,7 @@ def _take_lock(folder: Path) -> None:
 
 def hash_tables(study: str) -> str:
     """Return the SHA-256 sums of a run's tables in the form of `sha256sum`, without those that hold times."""
-    tables = sorted((paths.run_dir(study) / "tables").glob("*.*"))
+    tables = sorted(path for path in (paths.run_dir(study) / "tables").glob("*.*") if path.is_file())
     return "".join(f"{hashlib.sha256(table.read_bytes()).hexdigest()}  {table.name}\n" for table in tables
                    if table.name not in ("timing.csv", "run.json"))
 
@@ -357,7 +358,8 @@ def pack_run(study: str, bundle: Path) -> Path:
     with tarfile.open(bundle, "w") as archive:
         for path in sorted(run_dir.rglob("*")):
             name = path.relative_to(run_dir)
-            kept = path.is_file() and path.name[0] != "." and name.parts[0] not in ("bundles", "running")
+            kept = (path.is_file() and path.name[0] != "." and not runtime.is_partial(path)
+                    and name.parts[0] not in ("bundles", "running"))  # fmt: skip
             if kept and path.stat().st_mtime_ns > since:
                 archive.add(path, arcname=name)
     return bundle

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from medaug import paths
 
+PARTIAL = ".partial-"  # how the folders of half-written files begin
 VERSIONED = ("torch", "torchvision", "diffusers", "transformers", "peft", "scikit-learn", "seaborn", "papermill")
 
 
@@ -125,10 +126,15 @@ def replace_when_done(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent, ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=path.parent, ignore_cleanup_errors=True) as folder:
         temporary = Path(folder) / path.name
         yield temporary
         os.replace(temporary, path)
+
+
+def is_partial(path: Path) -> bool:
+    """Say whether `path` is a half-written file of `replace_when_done`, or its folder."""
+    return any(part.startswith(PARTIAL) for part in path.parts)
 
 
 def save_json(path: Path | str, value: dict) -> None:
