@@ -3,7 +3,7 @@
 A study here is a draw of simulated patients with the foundation CLIP's features of their films: arms built, a head trained
 for each arm and seed, the test patients' predictions compared and corrected as in notebook 7. In the null world every
 patient's label is drawn anew, so that no image says anything about it and any verdict but "no difference" is a false alarm.
-In the other world the labels are true and the arm `oracle` adds as many true images, so a verdict is a discovery.
+In the other world the labels are true and the arm `oracle` adds RATIO times as many true images, so a verdict is a discovery.
 """
 
 import time
@@ -23,8 +23,8 @@ from medaug.phantom.cohort import draw_cohort
 CLASSES = ("normal", "bacterial", "viral")
 ARMS, SEEDS, MARGIN, ALPHA = ("real", "real+duplicates", "oracle"), 5, 0.02, 0.05
 FAMILY = (("oracle", "real"), ("oracle", "real+duplicates"))  # as a study's, with the oracle where the generator stands
-POOL, TRAIN, VAL = 1000, 60, 30  # patients
-TEST = (40, 80, 160, 320)  # patients: the power is measured at each
+POOL, TRAIN, VAL, RATIO = 1000, 40, 30, 3.0  # patients; images that an arm adds per real one
+TEST = (40, 80, 160, 320, 640)  # patients: the power is measured at each
 NULL_STUDIES, TRUE_STUDIES, N_BOOT = 200, 40, 2000
 PLAN = training.TrainingPlan(steps=40, batch_size=64, learning_rate=1e-2, evaluations=2)
 
@@ -64,7 +64,7 @@ def simulate_study(pool: pd.DataFrame, features: np.ndarray, rng: np.random.Gene
                    names: Sequence[str] = ARMS) -> dict[str, pd.DataFrame]:
     """Return the test predictions of each arm: other patients for training, validation, oracle and test in every study."""
     patients = rng.permutation(pool["patient_id"].unique())
-    ends = np.cumsum([TRAIN, VAL, 2 * TRAIN, n_test])  # twice, so that no class runs short of oracle images
+    ends = np.cumsum([TRAIN, VAL, round(2 * RATIO * TRAIN), n_test])  # twice what is added, so that no class runs short
     if ends[-1] > len(patients):
         raise ValueError(f"a study needs {ends[-1]} patients and the pool has {len(patients)}: draw a larger pool")
     role = pd.Series(np.repeat(["train", "val", "oracle", "test"], np.diff(ends, prepend=0)), index=patients[:ends[-1]])
@@ -78,7 +78,7 @@ def simulate_study(pool: pd.DataFrame, features: np.ndarray, rng: np.random.Gene
 
 def run_arm(name: str, part: dict[str, pd.DataFrame], features: np.ndarray, draw: int, seed: int) -> pd.DataFrame:
     """Train one head on an arm and return its test predictions, as `predictions.parquet` has them."""
-    chosen = arms.build_arm(name, part["train"], None, part["oracle"], ratio=0.8, seed=draw)
+    chosen = arms.build_arm(name, part["train"], None, part["oracle"], ratio=RATIO, seed=draw)
     row_of = pd.concat(part.values()).set_index("image_id")["row"]
     at = row_of[chosen["image_id"]].to_numpy()
     torch.manual_seed(draw)

@@ -95,9 +95,9 @@ def test_both_ways_of_learning_masks_run(monkeypatch):
 @pytest.fixture
 def little_world(monkeypatch):
     """Small studies of a small pool; returns the pool and its features."""
-    for name, value in {"TRAIN": 20, "VAL": 10, "N_BOOT": 50, "SEEDS": 2, "PLAN": training.TrainingPlan(steps=6, evaluations=1)}.items():
+    for name, value in {"TRAIN": 20, "VAL": 10, "RATIO": 1.0, "N_BOOT": 50, "SEEDS": 2, "PLAN": training.TrainingPlan(steps=6, evaluations=1)}.items():
         monkeypatch.setattr(bench_statistics, name, value)
-    return bench_statistics.draw_pool(130)
+    return bench_statistics.draw_pool(150)
 
 
 def test_a_null_study_has_labels_that_the_images_do_not_show(little_world):
@@ -112,7 +112,7 @@ def test_a_null_study_has_labels_that_the_images_do_not_show(little_world):
         again = bench_statistics.simulate_study(pool, features, np.random.default_rng(0), 40, null)
         pd.testing.assert_frame_equal(predictions["oracle"], again["oracle"])
     with pytest.raises(ValueError, match="draw a larger pool"):
-        bench_statistics.simulate_study(pool, features, np.random.default_rng(0), 70)
+        bench_statistics.simulate_study(pool, features, np.random.default_rng(0), 90)
 
 
 def test_alarms_and_power_are_shares_with_exact_intervals(little_world, monkeypatch):

@@ -268,11 +268,11 @@ def table_of_verdicts(study: str, source: Tables) -> str:
         "model": "l",
         "metric": "l",
         delta: "r",
+        "verdict": "l",
         "p, Holm": "r",
         "MDE": "r",
         "seeds": "r",
         "patients": "r",
-        "verdict": "l",
     }
     rows = [
         {
@@ -281,11 +281,11 @@ def table_of_verdicts(study: str, source: Tables) -> str:
             "model": f"`{row.model}`",
             "metric": METRIC_NAMES.get(row.metric, row.metric),
             delta: format_interval(row),
+            "verdict": show_verdict(row.verdict),
             "p, Holm": format_number(row.p_holm),
             "MDE": format_points(row.mde, signed=False),
             "seeds": format_number(row.n_seeds),
             "patients": format_number(row.n_patients),
-            "verdict": show_verdict(row.verdict),
         }
         for row in verdict.itertuples()
     ]
