@@ -647,7 +647,7 @@ def _two_configurations(claim, published, studies):
 
 def _compare_clip(studies: Studies, first: str, second: str) -> tuple[str, str] | None:
     """Return the evidence and both models' macro F1 on test patients, of the first study that has run both."""
-    for study in ("guangzhou", "guangzhou-local", "phantom"):
+    for study in ("guangzhou", "guangzhou-local", "phantom", "phantom-full"):
         runs = [
             _rows(studies, study, "classification.csv", arm="real", model=m, split="test")
             for m in (first, second)

@@ -44,7 +44,8 @@ def render(patients, images, labels, size=64, difficulty=0.5, batch_size=None, s
 
     `patients` (the slide: stains, scanner) and `images` (cells, focus) are N non-negative int64 seeds,
     `labels` N names of `CLASSES`. `difficulty` 1 leaves a tenth of the difference between the classes. `field` is
-    the width of a patch in micrometres: a wide one shows many small nuclei. Equal seeds give equal bytes in any batch. Raises ValueError for a label that is not known.
+    the width of a patch in micrometres: a wide one shows many small nuclei. Equal seeds give equal bytes in any
+    batch. Raises ValueError for a label that is not known.
     """
     patients, images, labels = np.asarray(patients), np.asarray(images), np.asarray(labels, dtype=object)
     unknown = sorted(set(labels) - set(CLASSES))
