@@ -92,12 +92,13 @@ def encode_latents(vae: AutoencoderKL, images_u8: np.ndarray, cache: Path | None
     """Return mean and standard deviation (N, C, H/8, W/8) of the scaled latents of grey or RGB `images_u8`.
 
     `images_u8` is (N, H, W) or (N, H, W, 3) uint8. Both are float32 on the CPU. With `cache` (a folder) they are kept
-    there, keyed by the images and the VAE's weights. To keep one draw instead of both is a known fault of caches. Out of
-    memory halves the batch and says so.
+    there, keyed by the images, the VAE's weights and the threads. To keep one draw instead of both is a known fault of
+    caches. Out of memory halves the batch and says so.
     """
     scale = vae.config.scaling_factor
     images_u8 = np.ascontiguousarray(images_u8)
-    key = _hash(images_u8.tobytes(), str(images_u8.shape), hash_weights(vae), str(scale))
+    # sums over other numbers of threads differ in the last bit, and so would all that is trained on them
+    key = _hash(images_u8.tobytes(), str(images_u8.shape), hash_weights(vae), f"{scale} {torch.get_num_threads()}")
 
     def encode(batch_u8: np.ndarray) -> Tensor:
         posterior = vae.encode(to_pixel_values(batch_u8).to(vae.device, vae.dtype)).latent_dist
