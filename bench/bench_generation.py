@@ -16,7 +16,7 @@ from medaug.phantom.chest import render
 from medaug.phantom.cohort import draw_generic
 
 GUIDANCE, SIZE, IMAGES, BATCH = 2.0, 64, 32, 32
-DISTIL_STEPS, FILMS, JUDGED = 150, 800, 200
+DISTIL_STEPS, FILMS, JUDGED = 500, 800, 200
 
 
 def list_comparisons(distil_steps: int = DISTIL_STEPS, films: int = FILMS, judged: int = JUDGED) -> list[Comparison]:
