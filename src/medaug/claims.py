@@ -815,7 +815,7 @@ def _lymphoma_generator(claim, published, studies):
         f"{name.removeprefix(sweep)}: KID {row.kid:.2f}, class recovered {row.class_recovery:.0%}" for name, row in means.iterrows()
     )
     what = "guidance" if claim == "2.07" else "steps of training (lora: all)"
-    return Finding("answered", "lymphoma-local/03-generation", f"small generator of 64 px, by {what}: {listed}")
+    return Finding("answered", "lymphoma-local/03-generation", f"a small generator, by {what}: {listed}")
 
 
 @settles("3.16")
