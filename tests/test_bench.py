@@ -70,9 +70,10 @@ def test_the_script_gets_pipeline_and_images(tmp_path, monkeypatch):
 
 
 def test_the_distilled_model_is_timed_and_judged():
-    comparison, = bench_generation.list_comparisons(distil_steps=1, films=40, judged=32)
-    assert comparison.ours() > comparison.plain() > 0
-    assert {"kid_ours", "kid_plain", "kid_floor"} <= set(comparison.extra(1.0))
+    beside_many, beside_four = bench_generation.list_comparisons(distil_steps=3, films=40, judged=32)
+    assert beside_many.ours() > beside_many.plain() > 0 and beside_four.plain() > 0
+    kid = beside_four.extra(1.0)
+    assert kid["kid_ours"] < kid["kid_plain"] + 0.3  # a collapsed student stands at 1 and more
 
 
 def test_kept_features_end_at_the_accuracy_of_the_plain_way(monkeypatch):

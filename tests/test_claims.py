@@ -108,6 +108,29 @@ def test_the_lymphoma_arms_come_from_their_study(alone):
     assert fewer.loc["2.14", "verdict"] == "not testable here" and fewer.loc["2.08", "verdict"] == "answered"
 
 
+def test_ways_of_tuning_are_compared_only_where_all_were_judged(alone):
+    assert set(alone.loc[list(claims.WAYS_OF_TUNING), "verdict"]) == {"not testable here"}
+    names = sorted({name for wanted in claims.WAYS_OF_TUNING.values() for name in wanted})
+    made = pd.DataFrame({"generator": names, "encoder": "clip-foundation", "label": "all", "kid": 0.25, "recall": 0.5,
+                         "class_recovery": 0.75, "second_recovery": [float("nan") if "@" in name else 0.625 for name in names]})
+    made.loc[made["generator"] == "reward", ["kid", "class_recovery"]] = 0.5, 0.875
+    found = claims.evaluate_claims({"phantom-full": {"synthesis.csv": made}}).set_index("id")
+    assert found.loc["0.32", "value"] == ("lora: KID 0.25, recall 0.50, class recovered 75%, by a second judge 62%; "
+                                          "reward: KID 0.50, recall 0.50, class recovered 88%, by a second judge 62%")
+    assert "50 DDIM steps with guidance" in found.loc["0.31", "value"] and "lora in steps: 4: KID" in found.loc["0.31", "value"]
+    fewer = claims.evaluate_claims({"phantom-full": {"synthesis.csv": made[made["generator"] != "full"]}}).set_index("id")
+    assert list(fewer.loc[["0.31", "0.32", "0.33", "2.04"], "verdict"]) == ["answered", "answered", *["not testable here"] * 2]
+
+
+def test_learning_curves_need_several_fractions():
+    runs = pd.DataFrame([dict(arm=arm, model="small-cnn", split="test", seed=seed, fraction=fraction, ratio=ratio, macro_f1=fraction)
+                         for arm, ratio in (("real", 0.0), ("real+synthetic", 0.25)) for seed in range(2) for fraction in (0.5, 1.0)])
+    found = claims.evaluate_claims({"covid-local": {"classification.csv": runs}}).set_index("id")
+    assert found.loc["4.17", "value"].endswith("2 seeds: 100%: real 1.000, real+synthetic 1.000; 50%: real 0.500, real+synthetic 0.500")
+    whole = claims.evaluate_claims({"covid-local": {"classification.csv": runs[runs["fraction"] == 1]}}).set_index("id")
+    assert whole.loc["4.17", "verdict"] == "not testable here"
+
+
 def test_runs_on_fewer_patients_count_for_no_claim():
     ways = ["real", "real-downsampled", "real-weighted", "real-oversampled"]
     runs = pd.DataFrame([dict(arm=way, model="mobilenetv2-frozen", split="test", seed=seed, fraction=fraction, macro_f1=score)
@@ -116,12 +139,12 @@ def test_runs_on_fewer_patients_count_for_no_claim():
     assert "real 0.750" in found.loc["3.02", "value"]
 
 
-def make_runs(accuracy, split="test"):
+def make_runs(accuracy, split="test", model="mobilenetv2"):
     return pd.DataFrame(
         [
             dict(
                 arm="real",
-                model="mobilenetv2",
+                model=model,
                 split=split,
                 seed=seed,
                 fraction=1.0,
@@ -142,6 +165,13 @@ def test_mobilenet_is_compared_with_its_published_accuracy(accuracy, verdict):
     assert found.loc["3.10", "evidence"] == "guangzhou-local/05-baselines"
     assert f"{accuracy:.1%}" in found.loc["3.10", "value"]
     assert found.loc["3.17", "verdict"] == "not testable here"
+
+
+def test_networks_from_scratch_are_told_on_both_splits():
+    runs = pd.concat([make_runs(0.8, "val", "cnn5"), make_runs(0.6, "test", "cnn5")])
+    found = claims.evaluate_claims({"guangzhou-local": {"classification.csv": runs}}).set_index("id")
+    assert found.loc["3.05", "verdict"] == "not testable here"
+    assert found.loc["3.06", "value"].startswith("accuracy 80.0% on validation patients, 60.0% on the official test")
 
 
 def test_validation_beside_test():

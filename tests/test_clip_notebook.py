@@ -1,11 +1,9 @@
 """Notebook 04 itself, cell by cell at toy size: any number of classes, the arms, the variants, and what it writes."""
 
-import matplotlib
 import pandas as pd
 import pytest
-import torch
 
-from medaug import images, paths, sources, studies, tables
+from medaug import images, sources, studies, tables
 from medaug.phantom import chest
 
 NOTEBOOK = "04-clip-lora"
@@ -32,64 +30,43 @@ def make_synthetic(run_dir, classes, each=16):
     rows.to_parquet(run_dir / "synthetic" / "manifest.parquet", index=False)
 
 
-def run_cells(**parameters):
-    """Run the notebook's code cells in this process, with `parameters` after its own; return its names."""
-    names, values = {"display": lambda *shown: None}, {**TOY, **parameters}
-    for cell in studies.read_cells(NOTEBOOK):
-        if cell["cell_type"] == "code":
-            exec(compile(cell["source"], cell["id"], "exec"), names)
-            if studies.PAPERMILL_TAG in cell["metadata"].get("tags", []):
-                assert set(values) <= set(names)
-                names.update(values)
-    return names
-
-
-@pytest.fixture()
-def runs(tmp_path, monkeypatch):
-    matplotlib.use("Agg")
-    monkeypatch.setattr(paths, "RUNS", tmp_path)
-    monkeypatch.setenv("MEDAUG_HEADLESS", "1")
-    yield tmp_path
-    torch.use_deterministic_algorithms(False)
-
-
-def test_four_classes_with_arms_and_variants(runs):
+def test_four_classes_with_arms_and_variants(run_cells, tmp_path):
     """The fourth report's classes and captions; LoRA in the text tower alone, in float32, and on squashed images."""
     settings = studies.resolve_parameters("covid", NOTEBOOK)
     classes = settings["classes"]
-    make_study(runs / "four", classes)
-    (runs / "four" / "synthetic").mkdir()
-    make_synthetic(runs / "four", classes)
+    make_study(tmp_path / "four", classes)
+    (tmp_path / "four" / "synthetic").mkdir()
+    make_synthetic(tmp_path / "four", classes)
     variants = {"text-only": {"target_modules": r".*text_model.*\.(q_proj|fc1)", "rank": 4}, "squashed": {"preprocessing": "squashed"},
                 "float32": {"mixed_precision": "no", "lora_layers": [1, 2]}}
-    run_cells(study="four", classes=classes, prompt_sets=settings["prompt_sets"], tuning_prompts=settings["tuning_prompts"],
-              lora_variants=variants)
+    run_cells(NOTEBOOK, **TOY | dict(study="four", classes=classes, prompt_sets=settings["prompt_sets"],
+                                       tuning_prompts=settings["tuning_prompts"], lora_variants=variants))
 
-    scores = pd.read_csv(runs / "four" / "parts" / "classification.csv" / f"{NOTEBOOK}.csv")
+    scores = pd.read_csv(tmp_path / "four" / "parts" / "classification.csv" / f"{NOTEBOOK}.csv")
     assert not scores.duplicated(tables.KEYS).any()
     arms = scores[(scores["model"] == "clip-lora") & (scores["split"] == "test")].groupby("arm")
     assert arms["seed"].nunique().to_dict() == {"real": 2, "real+duplicates": 2, "real+synthetic": 2}
     assert arms["ratio"].first().to_dict() == {"real": 0.0, "real+duplicates": 0.5, "real+synthetic": 0.5}
     assert arms["generator_seed"].first().to_dict() == {"real": -1, "real+duplicates": -1, "real+synthetic": 0}
     assert {f"clip-lora-{name}" for name in variants} | {"clip-knn", "clip-linear-probe-squashed"} <= set(scores["model"])
-    predictions = pd.read_parquet(runs / "four" / "parts" / "predictions.parquet" / f"{NOTEBOOK}.parquet")
+    predictions = pd.read_parquet(tmp_path / "four" / "parts" / "predictions.parquet" / f"{NOTEBOOK}.parquet")
     assert {f"p_{label}" for label in classes} <= set(predictions.columns)
     assert len(predictions.groupby(tables.KEYS)) == len(scores)
-    history = pd.read_csv(runs / "four" / "parts" / "history.csv" / f"{NOTEBOOK}.csv")
+    history = pd.read_csv(tmp_path / "four" / "parts" / "history.csv" / f"{NOTEBOOK}.csv")
     curves = history[(history["model"] == "clip-lora") & (history["arm"] == "real+synthetic")]
     assert curves["step"].tolist() == [2, 4, 2, 4]
     assert curves[["train_accuracy", "train_macro_f1", "val_accuracy", "val_macro_recall", "val_macro_f1"]].notna().all(axis=None)
 
 
-def test_a_study_without_a_generator_says_so(runs, capsys):
-    make_study(runs / "plain", ["normal", "bacterial", "viral"])
-    names = run_cells(study="plain", seeds=[0, 1], n_explained=0)
+def test_a_study_without_a_generator_says_so(run_cells, tmp_path, capsys):
+    make_study(tmp_path / "plain", ["normal", "bacterial", "viral"])
+    names = run_cells(NOTEBOOK, **TOY | dict(study="plain", seeds=[0, 1], n_explained=0))
     assert "no synthetic images (notebook 3 has not run in it): real+synthetic" in capsys.readouterr().out
     assert names["added_arms"] == ["real+duplicates"]
     assert set(names["classification"]["arm"]) == {"none", "real", "real+duplicates"}
 
 
-def test_a_variant_with_an_unknown_setting_is_named(runs):
-    make_study(runs / "plain", ["normal", "bacterial", "viral"])
+def test_a_variant_with_an_unknown_setting_is_named(run_cells, tmp_path):
+    make_study(tmp_path / "plain", ["normal", "bacterial", "viral"])
     with pytest.raises(ValueError, match="lora_variants: 'bold' sets alpha; a variant may set rank, lora_alpha"):
-        run_cells(study="plain", lora_variants={"bold": {"alpha": 8}})
+        run_cells(NOTEBOOK, **TOY | dict(study="plain", lora_variants={"bold": {"alpha": 8}}))

@@ -818,6 +818,73 @@ def _lymphoma_generator(claim, published, studies):
     return Finding("answered", "lymphoma-local/03-generation", f"a small generator, by {what}: {listed}")
 
 
+WAYS_OF_TUNING = {
+    "0.31": ("lora", "lora@num_inference_steps=4", "lcm"),
+    "0.32": ("lora", "reward"),
+    "0.33": ("lora", "dreambooth", "full"),
+    "2.04": ("untuned", "full", "textual-inversion"),
+}
+
+
+@settles(*WAYS_OF_TUNING)
+def _ways_of_tuning(claim, published, studies):
+    rows = studies.get("phantom-full", {}).get("synthesis.csv", pd.DataFrame(columns=["generator", "label"]))
+    rows = rows[(rows["label"] == "all") & rows["generator"].isin(WAYS_OF_TUNING[claim])]
+    if rows["generator"].nunique() < len(WAYS_OF_TUNING[claim]):
+        return None
+    rows = rows[rows["encoder"] == rows["encoder"].iloc[0]]
+    columns = ["kid", "recall", "class_recovery", "second_recovery"]
+    means = rows.groupby("generator")[columns].mean().loc[list(WAYS_OF_TUNING[claim])]
+    listed = "; ".join(
+        f"{name.replace('lora@num_inference_steps=', 'lora in steps: ')}: KID {row.kid:.2f}, recall {row.recall:.2f}, class "
+        f"recovered {row.class_recovery:.0%}"
+        + ("" if math.isnan(row.second_recovery) else f", by a second judge {row.second_recovery:.0%}")
+        for name, row in means.iterrows()
+    )
+    return Finding("answered", "phantom-full/03-generation", (_time_distilled() if claim == "0.31" else "") + listed)
+
+
+def _time_distilled() -> str:
+    """Say how much faster a distilled model samples (`make bench`)."""
+    bench = pd.read_csv(paths.ROOT / "bench" / "results" / "generation.csv")
+    return "".join(
+        f"{row.what}: {row.ratio:.1f} times as fast, KID {row.kid_ours:.2f} beside {row.kid_plain:.2f}; "
+        for row in bench.itertuples()
+    )
+
+
+@settles("4.17")
+def _fewer_patients(claim, published, studies):
+    runs = studies.get("covid-local", {}).get("classification.csv", pd.DataFrame(columns=["arm", "model", "split", "fraction"]))
+    runs = runs[(runs["split"] == "test") & (runs["model"] == "small-cnn") & runs["arm"].isin(["real", "real+duplicates", "real+synthetic"])]
+    if runs["fraction"].nunique() < 2:
+        return None
+    runs = runs[(runs["arm"] == "real") | (runs["ratio"] == runs["ratio"].max())]
+    means = runs.groupby(["fraction", "arm"])["macro_f1"].mean().unstack()
+    listed = "; ".join(
+        f"{fraction:.0%}: " + ", ".join(f"{arm} {value:.3f}" for arm, value in row.items())
+        for fraction, row in means[::-1].iterrows()
+    )
+    seeds = runs["seed"].nunique()
+    return Finding("answered", "covid-local/05-baselines", f"macro F1 of a small CNN on three classes, mean of {seeds} seeds: {listed}")
+
+
+SCRATCH = {"3.05": "cnn2", "3.06": "cnn5"}
+
+
+@settles(*SCRATCH)
+def _from_scratch(claim, published, studies):
+    val, test = (_accuracies(studies, "guangzhou-local", SCRATCH[claim], split) for split in ("val", "test"))
+    if test.empty:
+        return None
+    return Finding(
+        "answered",
+        "guangzhou-local/05-baselines",
+        f"accuracy {val['accuracy'].mean():.1%} on validation patients, {test['accuracy'].mean():.1%} on the official test "
+        f"images ({test['accuracy'].min():.1%} to {test['accuracy'].max():.1%}, {len(test)} seeds)",
+    )
+
+
 @settles("3.16")
 def _ill_called_normal(claim, published, studies):
     rows = _rows(

@@ -24,7 +24,7 @@ ENGINE_KEYS = {
 PLAN_KEYS = {"minutes": 0.0, "disk_gb": 0.0, "gpu_hours": 0.0}
 PAPERMILL_TAG = "parameters"
 FOUNDATIONS = "00-foundations"
-BUILT_IN = "phantom"  # the one source that needs no folder
+BUILT_IN = ("phantom", "tissue")  # sources that need no folder: both are simulated
 
 
 class StudyError(ValueError):
@@ -204,12 +204,12 @@ def check_study(study: str, data: str = "") -> None:
 
 def is_built_in(parameters: dict) -> bool:
     """Say whether a notebook with these parameters needs no images from elsewhere."""
-    return parameters.get("source", BUILT_IN) == BUILT_IN and not parameters.get("folder")
+    return parameters.get("source", BUILT_IN[0]) in BUILT_IN and not parameters.get("folder")
 
 
 def _check_source(where: str, parameters: dict, given: str) -> None:
     """Readers find a named source by its name in or beside the folder given, or take that folder for it."""
-    source = parameters.get("source", BUILT_IN)
+    source = parameters.get("source", BUILT_IN[0])
     folder = parameters.get("folder") or parameters.get("data") or given
     if not is_built_in(parameters) and not folder:
         raise FileNotFoundError(f"{where}: source '{source}' needs a folder: set `data` there, or DATA=/path (make)")
