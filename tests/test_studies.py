@@ -163,3 +163,25 @@ def test_the_primary_model_of_a_study_meets_its_family(name):
     assert verdict["ratio"] == trained["ratio"] and verdict["classes"] == trained["classes"]
     made = studies.resolve_parameters(name, "03-generation")
     assert trained["generator"] in made["generators"] and set(trained["generator_seeds"]) <= set(made["generator_seeds"])
+
+
+@pytest.mark.parametrize("page", ["README.md", "guide.qmd"])
+def test_the_study_file_that_the_pages_print_is_enough(tmp_path, monkeypatch, page):
+    """Two classes of one's own and a folder: captions, arms and notebooks fit them, and nothing else need be said."""
+    text = (paths.ROOT / page).read_text(encoding="utf-8")
+    printed = text[text.index("# studies/my-hospital.yaml"):].partition("```")[0]
+    (tmp_path / "my-hospital.yaml").write_text(printed)
+    monkeypatch.setattr(paths, "STUDIES", tmp_path)
+    notebooks = studies.list_notebooks("my-hospital")
+    assert "06-segmentation" not in notebooks and len(notebooks) == 6
+    parameters = {notebook: studies.resolve_parameters("my-hospital", notebook) for notebook in notebooks}
+    classes = ["normal", "pneumonia"]
+    assert list(parameters["02-sd-lora"]["prompts"]) == classes
+    captions = parameters["04-clip-lora"]["prompt_sets"]
+    assert parameters["04-clip-lora"]["tuning_prompts"] in captions and all(list(texts) == classes for texts in captions.values())
+    assert captions["plain"] == parameters["02-sd-lora"]["prompts"]
+    assert "oracle" not in parameters["05-baselines"]["arms"] and "real+synthetic" in parameters["05-baselines"]["arms"]
+    assert parameters["03-generation"]["n_per_class"] == 0  # as many as the ratio asks for
+    (tmp_path / "my-hospital.yaml").write_text(printed + "02-sd-lora:\n  prompts: {normal: clear, pneumonia: ill}\n06-segmentation:\n  steps: 10\n")
+    assert studies.resolve_parameters("my-hospital", "02-sd-lora")["prompts"] == {"normal": "clear", "pneumonia": "ill"}
+    assert "06-segmentation" in studies.list_notebooks("my-hospital")

@@ -24,6 +24,7 @@ ENGINE_KEYS = {
 PLAN_KEYS = {"minutes": 0.0, "disk_gb": 0.0, "gpu_hours": 0.0}
 PAPERMILL_TAG = "parameters"
 FOUNDATIONS = "00-foundations"
+MANIFEST, MASKS = "01-data-audit", "06-segmentation"
 BUILT_IN = ("phantom", "tissue")  # sources that need no folder: both are simulated
 
 
@@ -54,6 +55,9 @@ def list_notebooks(study: str = "") -> list[str]:
         return names
     engine = resolve_engine(study)
     skipped = {*engine["skip"], *(() if engine["foundations"] == "train" else (FOUNDATIONS,))}
+    values = load_study(study)
+    if (values["common"] | values.get(MANIFEST, {})).get("folder") and MASKS not in values:  # a folder has no masks, unless the study speaks of them
+        skipped.add(MASKS)
     return [name for name in names if name not in skipped]
 
 
@@ -171,11 +175,40 @@ def _suggest(word: str, known) -> str:
 
 
 def resolve_parameters(study: str, notebook: str) -> dict:
-    """Return all parameters of `notebook` for `study`: its defaults, then `common`, then its own section."""
+    """Return all parameters of `notebook` for `study`: its defaults, then `common`, then its own section.
+
+    The defaults are those of the embedded study; where they cannot hold for other classes or for real images, others stand in
+    for them (see `_fit_defaults`).
+    """
     values, defaults = load_study(study), read_parameters(notebook)
     given = {k: v for k, v in values["common"].items() if k in defaults} | values.get(notebook, {})
-    resolved = {**defaults, **{k: _convert(study, k, v, defaults[k]) for k, v in given.items()}}
+    own = {k: _convert(study, k, v, defaults[k]) for k, v in given.items()}
+    resolved = {**defaults, **_fit_defaults(defaults, own.get("classes", []), not _reads_simulated(study)), **own}
     return {**resolved, **({"study": study} if "study" in defaults else {})}
+
+
+def _fit_defaults(defaults: dict, classes: list[str], real: bool) -> dict:
+    """Return what a study that sets only its classes, or reads `real` images, gets in place of a notebook's defaults.
+
+    Captions for its own classes; of real images, no arm of true new ones, and as many synthetic ones as `ratio` asks for.
+    """
+    known, fitted = defaults.get("classes", []), {}
+    if classes and classes != known:
+        captions = {label: f"chest x-ray, {label}" for label in classes}
+        fitted |= {key: captions for key, value in defaults.items() if isinstance(value, dict) and list(value) == known}
+        if "prompt_sets" in defaults:
+            fitted["prompt_sets"] = {defaults["tuning_prompts"]: captions, "words": {label: label for label in classes}}
+    if real and "oracle" in defaults.get("arms", []):
+        fitted["arms"] = [arm for arm in defaults["arms"] if arm != "oracle"]
+    if real and "n_per_class" in defaults:
+        fitted["n_per_class"] = 0
+    return fitted
+
+
+def _reads_simulated(study: str) -> bool:
+    """Say whether the images of `study` are made by this project: what its first notebook reads."""
+    values = load_study(study)
+    return is_built_in(values["common"] | values.get(MANIFEST, {}))
 
 
 def resolve_engine(study: str) -> dict:
