@@ -18,8 +18,8 @@ N, N_VAL, BATCH, SIZE, RATE = 192, 32, 32, 64, 1e-3
 PREPROCESSING = classifiers.Preprocessing(SIZE, (0.5,) * 3, (0.5,) * 3)
 
 
-def list_comparisons(networks: tuple[str, ...] = ("resnet18", "vit-tiny"), n: int = N, n_val: int = N_VAL) -> list[Comparison]:
-    """Return one comparison for a network of torchvision and one of timm. Both ways keep the images in memory, start at the
+def list_comparisons(networks: tuple[str, ...] = ("small-cnn", "mobilenetv2", "resnet18", "vit-tiny"), n: int = N, n_val: int = N_VAL) -> list[Comparison]:
+    """Return one comparison for each network: our own, two of torchvision and one of timm. Both ways keep the images in memory, start at the
     same weights, take one epoch of AdamW steps and score the validation images once."""
     cohort = draw_cohort(n + n_val, CLASSES, images_per_patient=(1, 1), seed=0)
     images_u8 = np.asarray(render(cohort["patient_seed"], cohort["image_seed"], cohort["rendered_label"], size=SIZE)["image_u8"])
