@@ -40,6 +40,7 @@ GENERATOR_COLOURS = {
     "lcm": "#56b4e9",
     "reward": "#a6522b",
 }
+IN_A_ROW = 3  # panels side by side: more of them cannot be read on a page
 CLASS_COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#f0e442"]
 
 
@@ -63,6 +64,25 @@ def save_figure(run: Run, figure: plt.Figure, name: str, alt: str) -> None:
             figure.savefig(temporary, format=suffix[1:], metadata=metadata)
     with replace_when_done(folder / f"{name}.json") as temporary:
         temporary.write_text(json.dumps({"alt": alt, "notebook": run.notebook}, indent=2) + "\n", encoding="utf-8")
+
+
+def make_panels(count: int, width: float, height: float, stacked: int = 1) -> tuple[plt.Figure, np.ndarray]:
+    """Return a figure and its axes (stacked, count): one panel a model, `width` x `height` inches, in rows of `IN_A_ROW`.
+
+    `stacked` axes share a panel, one above the other.
+    """
+    columns, rows = min(count, IN_A_ROW), -(-count // IN_A_ROW)
+    figure, grid = plt.subplots(rows * stacked, columns, figsize=(width * columns, height * rows), squeeze=False)
+    axes = grid.reshape(rows, stacked, columns).swapaxes(0, 1).reshape(stacked, rows * columns)
+    for unused in axes[:, count:].flat:
+        unused.remove()
+    return figure, axes[:, :count]
+
+
+def put_legend_beside(axes: np.ndarray) -> None:
+    """Put the legend of the first of `axes` (count,) to the right of their first row, where it covers nothing."""
+    last = axes[min(len(axes), IN_A_ROW) - 1]
+    last.legend(*axes[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
 
 
 def show_images(images_u8: np.ndarray, titles: list[str] | None = None, columns: int = 8, width: float = 9.0,
