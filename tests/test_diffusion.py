@@ -231,7 +231,7 @@ def test_loss_on_fixed_noise_falls(pipe, kind):
     mean, _ = diffusion.encode_latents(pipe.vae, draw_images(20))
     states = diffusion.encode_prompts(pipe, PROMPTS)
 
-    def validate(unet):
+    def validate(unet, step=0):
         losses = diffusion.compute_band_losses(unet, scheduler, mean, torch.arange(20) % 2, states)
         assert losses.shape == (20, 4)
         return diffusion.summarise_bands(losses)
@@ -247,17 +247,93 @@ def test_loss_on_fixed_noise_falls(pipe, kind):
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
 def test_a_killed_run_resumes_to_the_same_weights(pipe, tmp_path, ema_decay, capsys):
     settings = replace(SETTINGS, ema_decay=ema_decay)
-    whole, history, _ = fit(pipe, settings, validate=lambda unet: {"val_loss": 0.0})
+    whole, history, _ = fit(pipe, settings, validate=lambda unet, step: {"val_loss": 0.0})
 
-    def kill(unet):  # at step 3, after the checkpoint of step 2
+    def kill(unet, step):  # at step 3, after the checkpoint of step 2
         raise KeyboardInterrupt
 
     checkpoint = tmp_path / "checkpoint.pt"
     with pytest.raises(KeyboardInterrupt):
         fit(pipe, settings, checkpoint, kill)
-    resumed, again, _ = fit(pipe, settings, checkpoint, lambda unet: {"val_loss": 0.0})
+    resumed, again, _ = fit(pipe, settings, checkpoint, lambda unet, step: {"val_loss": 0.0})
     assert "resumed at step 2" in capsys.readouterr().out
     assert equal(whole, resumed) and again == history
+
+
+def script_losses(overall, fine, coarse):
+    """A `validate` that tells these losses, one set a validation, and notes the weights of each step at which it was asked."""
+    asked = {}
+
+    def validate(unet, step):
+        asked[step] = read_adapter(unet)
+        row = len(asked) - 1
+        return {"val_loss": overall[row], "val_loss_0_250": fine[row], "val_loss_750_1000": coarse[row]}
+
+    return validate, asked
+
+
+def test_training_ends_when_no_band_reaches_a_new_low_and_keeps_the_best(pipe, tmp_path):
+    settings = replace(SETTINGS, steps=20, validate_every=2, save_every=2, patience=2)
+    # the overall loss is lowest at step 4; the fine band still falls at step 6
+    validate, asked = script_losses([1.0, 0.8, 0.9, 0.9, 0.9, 0.9], [0.5, 0.5, 0.4, 0.5, 0.5, 0.5], [1.0, 0.7, 0.8, 0.8, 0.8, 0.8])
+    kept, history, timing = fit(pipe, settings, tmp_path / "checkpoint.pt", validate)
+    assert list(asked) == [2, 4, 6, 8, 10] and timing["images"] == 10 * settings.batch_size
+    assert all(torch.equal(weight, asked[4][name]) for name, weight in read_adapter(kept).items())
+    again, told, _ = fit(pipe, settings, tmp_path / "checkpoint.pt", validate)  # it has ended: nothing more is trained
+    assert list(asked) == [2, 4, 6, 8, 10] and told == history and equal(again, kept)
+
+
+def test_patience_needs_losses_and_zero_never_ends():
+    rows = [{"val_loss": 1.0 + row, "val_loss_0_250": 1.0 + row, "loss": 3.0} for row in range(9)]
+    assert diffusion.has_settled(rows, 8) and not diffusion.has_settled(rows, 9)
+    assert not diffusion.has_settled(rows, 0) and not diffusion.has_settled([{"loss": 1.0}] * 9, 2) and not diffusion.has_settled([], 2)
+
+
+def test_a_tracker_sees_every_step_and_decides_nothing(pipe, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    validate = lambda unet, step: {"val_loss": 1.0 / step}  # noqa: E731
+    plain, history, _ = fit(pipe, validate=validate)
+    tracked, again, _ = fit(pipe, replace(SETTINGS, tracker="tensorboard"), tmp_path / "checkpoint.pt", validate)
+    assert equal(plain, tracked) and again == history
+    files = sorted((tmp_path / "logs").rglob("events*"))
+    read = [EventAccumulator(str(file)).Reload() for file in files]
+    told = {tag: events.Scalars(tag) for events in read for tag in events.Tags()["scalars"]}
+    assert [event.step for event in told["loss"]] == [1, 2, 3, 4, 5, 6]
+    assert [round(event.value, 3) for event in told["val_loss"]] == [0.333, 0.167]
+    with pytest.raises(ValueError, match="tracker 'paper' is not known"):
+        fit(pipe, replace(SETTINGS, tracker="paper"))
+
+
+def test_half_precision_scales_its_loss_and_resumes(pipe, tmp_path):
+    settings = replace(SETTINGS, mixed_precision="fp16")
+    whole, _, _ = fit(pipe, settings)
+    exact, _, _ = fit(pipe)
+    apart = max((a - b).abs().max().item() for a, b in zip(whole.state_dict().values(), exact.state_dict().values(), strict=True))
+    assert 0 < apart < 0.05  # six steps of at most 0.01
+
+    def kill(unet, step):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(pipe, settings, tmp_path / "checkpoint.pt", kill)
+    resumed, _, _ = fit(pipe, settings, tmp_path / "checkpoint.pt")
+    assert equal(whole, resumed)
+    with pytest.raises(ValueError, match="mixed_precision 'fp8' is not known"):
+        fit(pipe, replace(SETTINGS, mixed_precision="fp8"))
+
+
+def test_another_optimizer_is_named_or_asked_for(pipe):
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        with pytest.raises(ImportError, match="needs the package bitsandbytes"):
+            fit(pipe, replace(SETTINGS, optimizer="adamw-8bit"))
+    else:
+        tuned = read_adapter(fit(pipe, replace(SETTINGS, optimizer="adamw-8bit"))[0])
+        assert all(weight.abs().max() > 0 for name, weight in tuned.items() if "lora_B" in name)  # they start at zero
+    with pytest.raises(ValueError, match="optimizer 'sgd' is not known"):
+        fit(pipe, replace(SETTINGS, optimizer="sgd"))
 
 
 def test_a_checkpoint_of_other_settings_is_not_used(pipe, tmp_path, capsys):
@@ -277,7 +353,7 @@ def test_accumulation_and_precision(pipe):
 
 
 def test_nan_stops_and_keeps_the_last_checkpoint(pipe, tmp_path):
-    def spoil(unet):
+    def spoil(unet, step):
         next(p for p in unet.parameters() if p.requires_grad).data.fill_(float("nan"))
         return {}
 

@@ -77,7 +77,7 @@ def invert(model_id, latents, settings, checkpoint=None, validate=None):
     pipe = diffusion.load_pipeline(model_id)
     prompts = tuning.add_placeholders(pipe, PROMPTS)
     history, _ = tuning.fit_inversion(pipe, build_lesson(latents, prompts), settings, checkpoint,
-                                      validate or (lambda: measure(pipe, latents, prompts)))
+                                      validate or (lambda step: measure(pipe, latents, prompts)))
     return pipe, prompts, history
 
 
@@ -100,10 +100,10 @@ def test_inversion_learns_vectors_and_nothing_else(model_id, pipe, latents, tmp_
 
 
 def test_a_killed_inversion_resumes_to_the_same_vectors(model_id, latents, tmp_path):
-    whole, _, history = invert(model_id, latents, SETTINGS, validate=lambda: {})
+    whole, _, history = invert(model_id, latents, SETTINGS, validate=lambda step: {})
     with pytest.raises(KeyboardInterrupt):
         invert(model_id, latents, SETTINGS, tmp_path / "checkpoint.pt", die)
-    resumed, _, again = invert(model_id, latents, SETTINGS, tmp_path / "checkpoint.pt", lambda: {})
+    resumed, _, again = invert(model_id, latents, SETTINGS, tmp_path / "checkpoint.pt", lambda step: {})
     assert diffusion.hash_weights(whole.text_encoder) == diffusion.hash_weights(resumed.text_encoder) and history == again
 
 

@@ -7,9 +7,10 @@ content. The VAE's answer is kept as mean and standard deviation, so each step s
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -234,45 +235,49 @@ class FitSettings:
     gradient_accumulation_steps: int = 1  # micro-batches per optimiser step
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    mixed_precision: str = "no"  # "no" or "bf16"
+    optimizer: str = "adamw"  # or "adamw-8bit", whose state takes a quarter of the memory (package bitsandbytes)
+    mixed_precision: str = "no"  # "no", "bf16" or "fp16" (with a loss scale that adapts)
+    patience: int = 0  # validations in a row in which no band of timesteps reaches a new low, after which training stops; 0: never
     validate_every: int = 100  # steps
     save_every: int = 100  # steps
     keep_steps: tuple[int, ...] = ()  # steps after which `keep` is called, with the weights as they are then
+    tracker: str = ""  # "tensorboard" or "wandb" (offline), through accelerate: to watch a run; it decides nothing
     seed: int = 0
 
 
 def fit_lora(unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler, latents: tuple[Tensor, Tensor],
              prompt_ids: Tensor, hidden_states: Tensor, empty_states: Tensor, settings: FitSettings,
-             checkpoint: Path | None = None, validate: Callable[[UNet2DConditionModel], dict] | None = None,
+             checkpoint: Path | None = None, validate: Callable[[UNet2DConditionModel, int], dict] | None = None,
              keep: Callable[[UNet2DConditionModel, int], object] | None = None) -> tuple[list[dict], dict]:
     """Train the trainable weights of `unet` on cached latents; return the history and the timing (see `fit_weights`).
 
     `latents` are mean and std, each (N, C, h, w), drawn anew at each step; image i has the caption
     `hidden_states[prompt_ids[i]]` (P, L, D), or `empty_states` (L, D) when its caption is dropped. The target is noise or
-    velocity, as `noise_scheduler` says. `validate(unet)` returns numbers for the history's rows, `keep(unet, step)` may save
+    velocity, as `noise_scheduler` says. `validate(unet, step)` returns numbers for the history's rows, `keep(unet, step)` may save
     the weights of one of `settings.keep_steps`. What is trainable decides the method: an adapter (`add_lora`), or all.
     """
     hidden_states, empty_states = hidden_states.to(unet.device), empty_states.to(unet.device)
     snr_weights = compute_snr_weights(noise_scheduler, settings.snr_gamma).to(unet.device)
 
-    def accumulate(step: int, micro_batch: int) -> float:
+    def accumulate(step: int, micro_batch: int, backward: Callable[[Tensor], None]) -> float:
         batch = draw_batch(latents, prompt_ids, noise_scheduler, settings, step)
         return backward_batch(unet, noise_scheduler, batch, hidden_states, empty_states, snr_weights, micro_batch,
-                              settings.mixed_precision)
+                              settings.mixed_precision, backward)
 
     fingerprint = fingerprint_work(unet, [*latents, prompt_ids, hidden_states, empty_states], settings)
-    return fit_weights(unet, accumulate, settings, fingerprint, checkpoint, validate and (lambda: validate(unet)),
+    return fit_weights(unet, accumulate, settings, fingerprint, checkpoint, validate and (lambda step: validate(unet, step)),
                        keep=keep and (lambda step: keep(unet, step)))
 
 
-def fit_weights(module: nn.Module, accumulate: Callable[[int, int], float], settings: FitSettings, fingerprint: str,
-                checkpoint: Path | None = None, validate: Callable[[], dict] | None = None, name: str = "LoRA",
+def fit_weights(module: nn.Module, accumulate: Callable[[int, int, Callable], float], settings: FitSettings, fingerprint: str,
+                checkpoint: Path | None = None, validate: Callable[[int], dict] | None = None, name: str = "LoRA",
                 keep: Callable[[int], object] | None = None) -> tuple[list[dict], dict]:
     """Train the trainable weights of `module`, by any loss; return the history and the timing.
 
-    `accumulate(step, micro_batch)` adds up the gradients of that step's batch, `micro_batch` images at a time, and returns
-    the batch's loss. `validate()` returns numbers for the history's rows, `keep(step)` is called after each of
-    `settings.keep_steps`; `fingerprint` names all that decides the run.
+    `accumulate(step, micro_batch, backward)` adds up the gradients of that step's batch, `micro_batch` images at a time, by
+    `backward(loss)`, and returns the batch's loss. `validate(step)` returns numbers for the history's rows, `keep(step)` is
+    called after each of `settings.keep_steps`; `fingerprint` names all that decides the run. With `settings.patience` the
+    weights that are left are those of the lowest `val_loss`, and the run may end early.
 
     All randomness of step k comes from (`settings.seed`, k), so a run killed at any moment and started again with the
     same `checkpoint` ends with the same weights. Out of memory halves the micro-batch and says so; the sum over
@@ -281,21 +286,27 @@ def fit_weights(module: nn.Module, accumulate: Callable[[int, int], float], sett
     """
     weights = [p for p in module.parameters() if p.requires_grad]
     device = weights[0].device
-    optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
-    state = {"step": 0, "seconds": 0.0, "history": [], "losses": [],
-             "average": [p.detach().clone() for p in weights] if settings.ema_decay else []}
+    optimizer = _build_optimizer(weights, settings)
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.mixed_precision == "fp16")
+    state = {"step": 0, "seconds": 0.0, "history": [], "losses": [], "scaler": scaler.state_dict(),
+             "average": [p.detach().clone() for p in weights] if settings.ema_decay else [], "best": []}
     _restore(checkpoint, fingerprint, weights, optimizer, state)
+    if state["scaler"]:  # empty unless it scales
+        scaler.load_state_dict(state["scaler"])
+    log, close = _open_tracker(settings, name, checkpoint)
     micro_batch = math.ceil(settings.batch_size / settings.gradient_accumulation_steps)
     module.train()
     bar = progress(desc=name, total=settings.steps * settings.batch_size, unit="image")
     bar.update(state["step"] * settings.batch_size)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for step in range(state["step"], settings.steps):
+            if has_settled(state["history"], settings.patience):
+                break
             began = time.perf_counter()
             torch.manual_seed(settings.seed + 7919 * step)  # dropout inside the adapter
             while True:
                 try:
-                    loss = accumulate(step, micro_batch)
+                    loss = accumulate(step, micro_batch, lambda loss: scaler.scale(loss).backward())
                     break
                 except RuntimeError as error:
                     optimizer.zero_grad(set_to_none=True)
@@ -305,15 +316,18 @@ def fit_weights(module: nn.Module, accumulate: Callable[[int, int], float], sett
                                          + (f" (the last good checkpoint is {checkpoint})" if checkpoint else ""))
             learning_rate = _schedule(settings, step)
             optimizer.param_groups[0]["lr"] = learning_rate
+            scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(weights, settings.max_grad_norm)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad(set_to_none=True)
             if settings.ema_decay:
                 decay = min(settings.ema_decay, (step + 1) / (step + 10))
                 torch._foreach_lerp_(state["average"], [p.detach() for p in weights], 1 - decay)
             state["losses"].append(loss)
             state["seconds"] += time.perf_counter() - began
-            state["step"] = step + 1
+            state["step"], state["scaler"] = step + 1, scaler.state_dict()
+            log({"loss": loss, "learning_rate": learning_rate}, step + 1)
             bar.update(settings.batch_size)
             if keep and step + 1 in settings.keep_steps:
                 with _averaged(weights, state["average"]):
@@ -322,16 +336,20 @@ def fit_weights(module: nn.Module, accumulate: Callable[[int, int], float], sett
             if last or (step + 1) % settings.validate_every == 0:
                 row = {"step": step + 1, "loss": float(np.mean(state["losses"])), "learning_rate": learning_rate}
                 with _averaged(weights, state["average"]):
-                    state["history"].append({**row, **(validate() if validate else {})})
+                    state["history"].append({**row, **(validate(step + 1) if validate else {})})
+                    if settings.patience and _is_lowest(state["history"]):
+                        state["best"] = [p.detach().clone() for p in weights]
+                log({key: value for key, value in state["history"][-1].items() if key.startswith("val_")}, step + 1)
                 module.train()
                 state["losses"] = []
                 bar.set_postfix(loss=f"{row['loss']:.4f}")
             if checkpoint and (last or (step + 1) % settings.save_every == 0):
                 _save_checkpoint(checkpoint, fingerprint, weights, optimizer, state)
     bar.close()
-    _copy(weights, state["average"])
+    close()
+    _copy(weights, state["best"] or state["average"])
     module.eval()
-    images = settings.steps * settings.batch_size
+    images = state["step"] * settings.batch_size
     return state["history"], {"seconds": state["seconds"], "images": images,
                               "images_per_second": images / max(state["seconds"], 1e-9)}
 
@@ -360,10 +378,9 @@ def draw_batch(latents: tuple[Tensor, Tensor], prompt_ids: Tensor, noise_schedul
 
 def backward_batch(unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler, batch: Mapping[str, Tensor],
                    hidden_states: Tensor, empty_states: Tensor, snr_weights: Tensor, micro_batch: int,
-                   mixed_precision: str = "no") -> float:
+                   mixed_precision: str = "no", backward: Callable[[Tensor], None] = Tensor.backward) -> float:
     """Add up the gradients of the denoising loss of one batch (see `draw_batch`) in micro-batches; return the loss."""
     device, total = unet.device, 0.0
-    cast = torch.autocast(device.type, torch.bfloat16) if mixed_precision == "bf16" else nullcontext()
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     noisy_latents = noise_scheduler.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
     target = compute_target(noise_scheduler, batch["latents"], batch["noise"], batch["timesteps"])
@@ -372,13 +389,29 @@ def backward_batch(unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler, b
         part = slice(start, start + micro_batch)
         encoder_hidden_states = torch.where(batch["dropped"][part, None, None], empty_states,
                                             hidden_states[batch["prompt_ids"][part]])  # (b, L, D)
-        with cast:
+        with autocast(device, mixed_precision):
             model_pred = unet(noisy_latents[part], batch["timesteps"][part], encoder_hidden_states).sample
         error = (model_pred.float() - target[part]).square().mean(dim=(1, 2, 3))  # (B,)
         loss = (error * weight[part]).sum()
-        loss.backward()
+        backward(loss)
         total += loss.item()
     return total
+
+
+def autocast(device: torch.device, mixed_precision: str) -> torch.autocast:
+    """Return the context in which a network computes in "bf16" or "fp16"; in "no" it changes nothing."""
+    known = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if mixed_precision not in known:
+        raise ValueError(f"mixed_precision '{mixed_precision}' is not known: use one of {', '.join(known)}")
+    return torch.autocast(device.type, known[mixed_precision], enabled=mixed_precision != "no")
+
+
+def has_settled(history: Sequence[Mapping[str, float]], patience: int) -> bool:
+    """Say whether for `patience` validations in a row no loss of the history (`val_loss...`, overall and per band of
+    timesteps) has reached a new low. With 0, or without such losses, never."""
+    names = [name for name in (history[0] if history else {}) if name.startswith("val_loss")]
+    lowest = [min(range(len(history)), key=lambda row: history[row][name]) for name in names]
+    return bool(patience and names) and len(history) - 1 - max(lowest) >= patience
 
 
 def compute_target(noise_scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -439,7 +472,8 @@ def summarise_bands(losses: Tensor, bands: Sequence[tuple[int, int]] = BANDS) ->
 
 def fingerprint_work(module: nn.Module, tensors: Sequence[Tensor], settings: FitSettings, *extra: str) -> str:
     """Return 16 hex digits for all that decides a run: weights, tensors, settings, code, and what else is given."""
-    return _hash(hash_weights(module), hash_code(__file__), str(asdict(settings)), *[_tensor_bytes(t) for t in tensors],
+    decides = asdict(settings) | {"tracker": ""}
+    return _hash(hash_weights(module), hash_code(__file__), str(decides), *[_tensor_bytes(t) for t in tensors],
                  *extra)
 
 
@@ -481,6 +515,40 @@ def _schedule(settings: FitSettings, step: int) -> float:
     warmup = min(1.0, (step + 1) / max(settings.warmup_steps, 1))
     cosine = 0.5 * (1 + math.cos(math.pi * step / settings.steps))
     return settings.learning_rate * warmup * max(cosine, 0.01)
+
+
+def _build_optimizer(weights: Sequence[Tensor], settings: FitSettings) -> torch.optim.Optimizer:
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+    if settings.optimizer != "adamw-8bit":
+        raise ValueError(f"optimizer '{settings.optimizer}' is not known: use adamw or adamw-8bit")
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise ImportError("optimizer adamw-8bit needs the package bitsandbytes: install it, or use adamw") from None
+    return AdamW8bit(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+
+
+def _open_tracker(settings: FitSettings, name: str, checkpoint: Path | None) -> tuple[Callable[[dict, int], None], Callable[[], None]]:
+    """Return what logs numbers of a step and what ends the log; they are written to `logs/` beside the checkpoint."""
+    if not settings.tracker:
+        return lambda values, step: None, lambda: None
+    if settings.tracker not in ("tensorboard", "wandb"):
+        raise ValueError(f"tracker '{settings.tracker}' is not known: use tensorboard or wandb")
+    from accelerate import Accelerator
+
+    os.environ.setdefault("WANDB_MODE", "offline")
+    folder = (checkpoint.parent if checkpoint else Path.cwd()) / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(log_with=settings.tracker, project_dir=folder)
+    config = {key: value if isinstance(value, int | float | str) else str(value) for key, value in asdict(settings).items()}
+    accelerator.init_trackers(name.replace(" ", "-"), config)
+    return lambda values, step: accelerator.log(values, step=step), accelerator.end_training
+
+
+def _is_lowest(history: Sequence[Mapping[str, float]]) -> bool:
+    """Say whether the last row of the history has its lowest `val_loss`."""
+    return "val_loss" in history[-1] and history[-1]["val_loss"] <= min(row["val_loss"] for row in history)
 
 
 @contextmanager

@@ -151,7 +151,7 @@ def generate(pipe: StableDiffusionPipeline, plan: pd.DataFrame, run_dir: Path, s
                 pipe, batch, len(batch), image_size=image_size, num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale, negative_prompt=negative_prompt, mode=mode)
             for file, image_u8, (_, row) in zip(files, images_u8, batch.iterrows(), strict=True):
-                _save_png(file, image_u8, {**row[["prompt", "seed", "generator"]], **settings, "batch_size": size})
+                save_png(file, image_u8, {**row[["prompt", "seed", "generator"]], **settings, "batch_size": size})
             made, seconds = made + len(batch), seconds + time.perf_counter() - began
         rows += [{"sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "batch_size": size} for file in files]
         bar.update(len(batch))
@@ -193,7 +193,7 @@ def _sample_halving(pipe: StableDiffusionPipeline, batch: pd.DataFrame, size: in
             size = halve_batch(size, error)
 
 
-def _save_png(path: Path, image_u8: np.ndarray, provenance: Mapping[str, object]) -> None:
+def save_png(path: Path, image_u8: np.ndarray, provenance: Mapping[str, object]) -> None:
     """Write the image with its provenance inside, so that a file that strays still says that it is synthetic."""
     text = PngImagePlugin.PngInfo()
     text.add_text("origin", "synthetic")

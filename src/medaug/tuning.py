@@ -24,7 +24,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from medaug import diffusion
-from medaug.diffusion import FitSettings, backward_batch, draw_batch, fingerprint_work, fit_weights, hash_code
+from medaug.diffusion import (
+    FitSettings,
+    autocast,
+    backward_batch,
+    draw_batch,
+    fingerprint_work,
+    fit_weights,
+    hash_code,
+)
 from medaug.runtime import replace_when_done
 
 METHODS = ("lora", "full", "textual-inversion", "dreambooth", "lcm", "reward")
@@ -42,7 +50,7 @@ class Lesson:
 
 
 def fit_captioned(pipe: StableDiffusionPipeline, lesson: Lesson, settings: FitSettings, checkpoint: Path | None = None,
-                  validate: Callable[[UNet2DConditionModel], dict] | None = None,
+                  validate: Callable[[UNet2DConditionModel, int], dict] | None = None,
                   keep: Callable[[UNet2DConditionModel, int], object] | None = None) -> tuple[list[dict], dict]:
     """Train what is trainable in `pipe.unet` with the denoising loss: an adapter, or (`requires_grad_`) every weight.
 
@@ -87,11 +95,11 @@ def add_placeholders(pipe: StableDiffusionPipeline, prompts: Mapping[str, str]) 
 
 
 def fit_inversion(pipe: StableDiffusionPipeline, lesson: Lesson, settings: FitSettings, checkpoint: Path | None = None,
-                  validate: Callable[[], dict] | None = None) -> tuple[list[dict], dict]:
+                  validate: Callable[[int], dict] | None = None) -> tuple[list[dict], dict]:
     """Textual inversion (Gal et al. 2022, section 3): learn the vectors of the placeholders in `lesson.prompts`, all else frozen.
 
     Make the placeholders with `add_placeholders`. The latents are cached as ever; the text encoder runs at each step, once
-    for each prompt (not for each image). The learned vectors are in the text encoder when `validate()` is called.
+    for each prompt (not for each image). The learned vectors are in the text encoder when `validate(step)` is called.
     """
     unet, text_encoder, noise_scheduler = pipe.unet, pipe.text_encoder, _noise_scheduler(pipe)
     unet.eval().requires_grad_(False)
@@ -106,13 +114,13 @@ def fit_inversion(pipe: StableDiffusionPipeline, lesson: Lesson, settings: FitSe
     empty_states = diffusion.encode_prompts(pipe, [lesson.negative_prompt])[0].to(table.device)
     snr_weights = diffusion.compute_snr_weights(noise_scheduler, settings.snr_gamma).to(table.device)
 
-    def accumulate(step: int, micro_batch: int) -> float:
+    def accumulate(step: int, micro_batch: int, backward: Callable[[Tensor], None]) -> float:
         vectors = table.index_copy(0, ids, learned.weight.to(table.dtype))
         hidden_states = functional_call(text_encoder, {name: vectors}, (tokens,)).last_hidden_state  # (P, L, D)
         leaf = hidden_states.detach().requires_grad_()  # collects over the micro-batches what the text encoder gets at once
         batch = draw_batch(lesson.latents, lesson.prompt_ids, noise_scheduler, settings, step)
         loss = backward_batch(unet, noise_scheduler, batch, leaf, empty_states, snr_weights, micro_batch,
-                              settings.mixed_precision)
+                              settings.mixed_precision, backward)
         hidden_states.backward(leaf.grad)
         return loss
 
@@ -120,9 +128,9 @@ def fit_inversion(pipe: StableDiffusionPipeline, lesson: Lesson, settings: FitSe
         with torch.no_grad():
             table[ids] = learned.weight.to(table.dtype)
 
-    def validate_written() -> dict:
+    def validate_written(step: int) -> dict:
         write()
-        return validate()
+        return validate(step)
 
     content = [*lesson.latents, lesson.prompt_ids, tokens, table, empty_states]
     fingerprint = fingerprint_work(unet, content, settings, hash_code(__file__))
@@ -148,7 +156,7 @@ def fit_lcm(pipe: StableDiffusionPipeline, lesson: Lesson, settings: FitSettings
     stride = len(alphas_cumprod) // solver_steps
 
     def predict(z: Tensor, t: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        with _autocast(unet, settings):
+        with autocast(unet.device, settings.mixed_precision):
             model_pred = unet(z, t, encoder_hidden_states).sample
         return split_prediction(noise_scheduler, model_pred.float(), z, t)
 
@@ -166,7 +174,7 @@ def fit_lcm(pipe: StableDiffusionPipeline, lesson: Lesson, settings: FitSettings
         alpha = alphas_cumprod[t_next][:, None, None, None]
         return alpha.sqrt() * x0 + (1 - alpha).sqrt() * eps  # DDIM (Song et al. 2021, eq. 12, without noise)
 
-    def accumulate(step: int, micro_batch: int) -> float:
+    def accumulate(step: int, micro_batch: int, backward: Callable[[Tensor], None]) -> float:
         batch = draw_batch(lesson.latents, lesson.prompt_ids, noise_scheduler, settings, step)
         batch = {name: tensor.to(unet.device) for name, tensor in batch.items()}
         t = (batch["timesteps"] // stride + 1).clamp(max=solver_steps) * stride - 1
@@ -180,7 +188,7 @@ def fit_lcm(pipe: StableDiffusionPipeline, lesson: Lesson, settings: FitSettings
                 target = name_end(z_next, t_next[part], encoder_hidden_states)
             gap = name_end(z[part], t[part], encoder_hidden_states) - target
             loss = ((gap.square() + huber**2).sqrt() - huber).mean(dim=(1, 2, 3)).sum() / len(t)
-            loss.backward()
+            backward(loss)
             total += loss.item()
         return total
 
@@ -204,20 +212,20 @@ def fit_reward(pipe: StableDiffusionPipeline, lesson: Lesson, settings: FitSetti
     states = diffusion.encode_prompts(pipe, [*lesson.prompts, lesson.negative_prompt]).to(unet.device)
     snr_weights = diffusion.compute_snr_weights(noise_scheduler, settings.snr_gamma).to(unet.device)
 
-    def accumulate(step: int, micro_batch: int) -> float:
+    def accumulate(step: int, micro_batch: int, backward: Callable[[Tensor], None]) -> float:
         batch = draw_batch(lesson.latents, lesson.prompt_ids, noise_scheduler, settings, step)
         total, size = 0.0, len(batch["noise"])
         if anchor:
             total = backward_batch(unet, noise_scheduler, batch, states[:-1], states[-1], snr_weights * anchor, micro_batch,
-                                   settings.mixed_precision)
+                                   settings.mixed_precision, backward)
         for start in range(0, size, micro_batch):
             part = slice(start, start + micro_batch)
             prompt_ids = batch["prompt_ids"][part].to(unet.device)
-            with _autocast(unet, settings):
+            with autocast(unet.device, settings.mixed_precision):
                 image_01 = draw_images(pipe, batch["noise"][part].to(unet.device), states[prompt_ids], num_inference_steps,
                                        gradient_steps)
             loss = -reward(image_01.float(), prompt_ids).sum() / size
-            loss.backward()
+            backward(loss)
             total += loss.item()
         return total
 
@@ -284,10 +292,6 @@ def _without_adapter(unet: UNet2DConditionModel) -> Iterator[None]:
 
 def _noise_scheduler(pipe: StableDiffusionPipeline) -> DDPMScheduler:
     return DDPMScheduler.from_config(pipe.scheduler.config)
-
-
-def _autocast(unet: UNet2DConditionModel, settings: FitSettings) -> torch.autocast:
-    return torch.autocast(unet.device.type, torch.bfloat16, enabled=settings.mixed_precision == "bf16")
 
 
 def _list_placeholders(pipe: StableDiffusionPipeline) -> dict[str, list[int]]:
