@@ -877,11 +877,13 @@ def _from_scratch(claim, published, studies):
     val, test = (_accuracies(studies, "guangzhou-local", SCRATCH[claim], split) for split in ("val", "test"))
     if test.empty:
         return None
+    words = "a small one, " if claim == "3.12" else ""
     return Finding(
         "answered",
         "guangzhou-local/05-baselines",
-        ("a small one: " if claim == "3.12" else "") + f"accuracy {val['accuracy'].mean():.1%} on validation patients, {test['accuracy'].mean():.1%} on the official test "
-        f"images ({test['accuracy'].min():.1%} to {test['accuracy'].max():.1%}, {len(test)} seeds)",
+        f"{words}at the size and steps of studies/guangzhou-local.yaml: accuracy {val['accuracy'].mean():.1%} on validation "
+        f"patients, {test['accuracy'].mean():.1%} on the official test images ({test['accuracy'].min():.1%} to "
+        f"{test['accuracy'].max():.1%}, {len(test)} seeds)",
     )
 
 
