@@ -289,7 +289,7 @@ def test_patience_needs_losses_and_zero_never_ends():
     assert not diffusion.has_settled(rows, 0) and not diffusion.has_settled([{"loss": 1.0}] * 9, 2) and not diffusion.has_settled([], 2)
 
 
-def test_a_tracker_sees_every_step_and_decides_nothing(pipe, tmp_path):
+def test_a_tracker_sees_every_step_and_decides_nothing(pipe, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     validate = lambda unet, step: {"val_loss": 1.0 / step}  # noqa: E731
@@ -303,6 +303,9 @@ def test_a_tracker_sees_every_step_and_decides_nothing(pipe, tmp_path):
     assert [round(event.value, 3) for event in told["val_loss"]] == [0.333, 0.167]
     with pytest.raises(ValueError, match="tracker 'paper' is not known"):
         fit(pipe, replace(SETTINGS, tracker="paper"))
+    monkeypatch.setattr(diffusion.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="tracker 'wandb' needs the package of that name"):
+        fit(pipe, replace(SETTINGS, tracker="wandb"))
 
 
 def test_half_precision_scales_its_loss_and_resumes(pipe, tmp_path):

@@ -5,6 +5,7 @@ content. The VAE's answer is kept as mean and standard deviation, so each step s
 """
 
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -535,6 +536,8 @@ def _open_tracker(settings: FitSettings, name: str, checkpoint: Path | None) -> 
         return lambda values, step: None, lambda: None
     if settings.tracker not in ("tensorboard", "wandb"):
         raise ValueError(f"tracker '{settings.tracker}' is not known: use tensorboard or wandb")
+    if importlib.util.find_spec(settings.tracker) is None:  # accelerate would go on without a word
+        raise ImportError(f"tracker '{settings.tracker}' needs the package of that name: install it, or use tensorboard")
     from accelerate import Accelerator
 
     os.environ.setdefault("WANDB_MODE", "offline")
