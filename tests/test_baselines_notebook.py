@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from medaug import sources, tables
+from medaug import guards, sources, tables
 
 NOTEBOOK, CLASSES = "05-baselines", ["normal", "bacterial", "viral"]
 CNN = {"network": "small-cnn", "weights": "none", "frozen": 0, "size": 64, "channels": 1, "steps": 60, "batch_size": 16,
@@ -32,6 +32,16 @@ def test_arms_fractions_and_every_table(run_cells, toy):
     predictions = pd.read_parquet(toy / "parts" / "predictions.parquet" / f"{NOTEBOOK}.parquet")
     test_patients = set(sources.read_manifest(toy).query("split == 'test'")["patient_id"])
     assert set(predictions.loc[predictions["split"] == "test", "patient_id"]) == test_patients
+
+
+def test_a_network_that_learns_nothing_is_set_aside_and_alone_an_error(run_cells, toy, capsys):
+    dead = CNN | {"network": "cnn5", "steps": 4, "learning_rate": [1e-6]}
+    small = TOY | {"arms": ["real", "real+duplicates"]}
+    names = run_cells(NOTEBOOK, until="cell-19", **small, models={"cnn5": dead, "small-cnn": CNN | {"learning_rate": [1e-2]}})
+    assert "runs of cnn5, the first of them real, seed 0: the model predicts" in capsys.readouterr().out
+    assert set(names["classification"]["model"]) == {"small-cnn"} == set(names["models"])
+    with pytest.raises(guards.GuardError, match="real, seed 0: the model predicts"):
+        run_cells(NOTEBOOK, until="cell-19", **small, models={"cnn5": dead})
 
 
 def test_layers_that_were_never_trained_are_not_frozen(run_cells, toy):
