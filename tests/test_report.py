@@ -213,7 +213,21 @@ def test_generator_seeds_are_averaged_and_a_missing_measure_is_a_dash(project):
     save(project / "runs/phantom/tables", synthesis=pd.concat([frame, frame.assign(generator="untuned")]))
     table = results.table_of_synthesis("phantom", results.Tables())
     assert table.startswith("The same in all rows: encoder `e`, real 400, synthetic 300, seeds 2.")
-    assert "| `lora` | all | 2 | 0.0200 | – | 0.50 |" in table
+    assert "| `lora` | all | 2 | 0.0200 | – | 0.50 |" in table and "class recovered" not in table
+
+
+def test_many_generators_are_told_for_all_classes_together_and_with_their_judges(project):
+    rows = [{"generator": f"g{number}", "encoder": "e", "label": label, "generator_seed": 0, "class_recovery": 0.5 + number / 100}
+            for number in range(results.MANY_GENERATORS + 1) for label in ("viral", "all")]  # fmt: skip
+    measured = ["n_real", "n_synthetic", "fid", "kid", "cmmd", "precision", "recall", "density", "coverage", "memorised_share"]
+    frame = pd.DataFrame(rows).assign(**dict.fromkeys(measured, 0.25))
+    save(project / "runs/phantom/tables", synthesis=frame)
+    table = results.table_of_synthesis("phantom", results.Tables())
+    assert table.startswith("All classes together; each class apart is in `data/results/phantom/synthesis.csv`.")
+    assert "viral" not in table and table.count("| `g") == 13 and "second judge" not in table and "| 0.62 |" in table
+    save(project / "runs/phantom/tables", synthesis=frame[frame["generator"] != "g12"])
+    few = results.table_of_synthesis("phantom", results.Tables())
+    assert few.count("| `g") == 24 and "viral" in few
 
 
 def test_columns_with_one_value_become_a_sentence():

@@ -24,6 +24,8 @@ from medaug.wording import (
     show_verdict,
 )
 
+MANY_GENERATORS = 12  # sweeps and floors count too
+
 
 @dataclass(frozen=True)
 class Tables:
@@ -311,8 +313,17 @@ def table_of_synthesis(study: str, source: Tables) -> str:
         "density": ("density", 2),
         "coverage": ("coverage", 2),
         "memorised": ("memorised_share", 2),
+        "class recovered": ("class_recovery", 2),
+        "by a second judge": ("second_recovery", 2),
     }
-    return average_rows(
+    for head in ("class recovered", "by a second judge"):  # a study without a judge has neither
+        if not synthesis.get(values[head][0], pd.Series(dtype=float)).notna().any():
+            del values[head]
+    note, many = "", synthesis["generator"].nunique() > MANY_GENERATORS
+    if many:  # a table of hundreds of rows is read by nobody
+        synthesis = synthesis[synthesis["label"] == "all"]
+        note = f"All classes together; each class apart is in `data/results/{study}/synthesis.csv`.\n\n"
+    return note + average_rows(
         synthesis, keys, values, f"synthesis-{study}", ("encoder", "real", "synthetic", "seeds")
     )
 
