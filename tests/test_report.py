@@ -213,7 +213,7 @@ def test_generator_seeds_are_averaged_and_a_missing_measure_is_a_dash(project):
     save(project / "runs/phantom/tables", synthesis=pd.concat([frame, frame.assign(generator="untuned")]))
     table = results.table_of_synthesis("phantom", results.Tables())
     assert table.startswith("The same in all rows: encoder `e`, real 400, synthetic 300, seeds 2.")
-    assert "| `lora` | all | 2 | 0.0200 | – | 0.50 |" in table and "class recovered" not in table
+    assert "| `lora` | all | 0.0200 | 0.50 | 0.50 | 0.50 | 2 | – |" in table and "class recovered" not in table
 
 
 def test_many_generators_are_told_for_all_classes_together_and_with_their_judges(project):

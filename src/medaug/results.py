@@ -302,19 +302,19 @@ def table_of_synthesis(study: str, source: Tables) -> str:
     if synthesis is None:
         return ""
     keys = {"generator": "generator", "encoder": "encoder", "class": "label"}
-    values = {
-        "real": ("n_real", 0),
-        "synthetic": ("n_synthetic", 0),
-        "FID": ("fid", 2),
+    values = {  # what is asked first stands where no one has to scroll
         "KID": ("kid", 4),
-        "CMMD": ("cmmd", 3),
-        "precision": ("precision", 2),
-        "recall": ("recall", 2),
-        "density": ("density", 2),
-        "coverage": ("coverage", 2),
-        "memorised": ("memorised_share", 2),
         "class recovered": ("class_recovery", 2),
         "by a second judge": ("second_recovery", 2),
+        "precision": ("precision", 2),
+        "recall": ("recall", 2),
+        "memorised": ("memorised_share", 2),
+        "FID": ("fid", 2),
+        "CMMD": ("cmmd", 3),
+        "density": ("density", 2),
+        "coverage": ("coverage", 2),
+        "real": ("n_real", 0),
+        "synthetic": ("n_synthetic", 0),
     }
     for head in ("class recovered", "by a second judge"):  # a study without a judge has neither
         if not synthesis.get(values[head][0], pd.Series(dtype=float)).notna().any():
