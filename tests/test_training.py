@@ -245,3 +245,12 @@ def test_temperature_repairs_overconfidence():
     labels = np.array([rng.choice(3, p=p) for p in probs])
     sharp = torch.softmax(torch.from_numpy(logits * 4), 1).float().numpy()
     assert training.fit_temperature(sharp, labels) == pytest.approx(4, rel=0.1)
+
+
+@pytest.mark.parametrize("name, on_cpu", [("resnet18", torch.contiguous_format), ("vgg16", torch.contiguous_format),
+                                          ("mobilenetv2", torch.channels_last), ("small-cnn", torch.channels_last)])  # fmt: skip
+def test_wide_plain_convolutions_keep_the_default_layout_on_a_cpu(name, on_cpu):
+    with torch.device("meta"):
+        network = build_classifier(name, 3, "none", 1 if name == "small-cnn" else 3, 64)
+    assert training.pick_memory_format(network, "cpu") is on_cpu
+    assert training.pick_memory_format(network, "cuda") is torch.channels_last
