@@ -122,6 +122,17 @@ def test_ways_of_tuning_are_compared_only_where_all_were_judged(alone):
     assert list(fewer.loc[["0.31", "0.32", "0.33", "2.04"], "verdict"]) == ["answered", "answered", *["not testable here"] * 2]
 
 
+def test_prompts_are_compared_where_they_were_swept(alone):
+    assert alone.loc["0.13", "verdict"] == "not testable here"
+    made = pd.DataFrame({"generator": ["lora", "lora@prompts=findings", "lora@prompts=shorter"], "encoder": "clip-foundation",
+                         "label": "all", "kid": [0.1, 0.7, 0.2], "class_recovery": [0.9, 0.1, 0.3]})
+    found = claims.evaluate_claims({"phantom-full": {"synthesis.csv": made}}).set_index("id")
+    assert found.loc["0.13", "value"].endswith("tuned with: KID 0.10, class recovered 90%; findings: KID 0.70, class recovered 10%; "
+                                               "shorter: KID 0.20, class recovered 30%")
+    one = claims.evaluate_claims({"phantom-full": {"synthesis.csv": made.iloc[:2]}}).set_index("id")
+    assert one.loc["0.13", "verdict"] == "not testable here"
+
+
 def test_learning_curves_need_several_fractions():
     runs = pd.DataFrame([dict(arm=arm, model="small-cnn", split="test", seed=seed, fraction=fraction, ratio=ratio, macro_f1=fraction)
                          for arm, ratio in (("real", 0.0), ("real+synthetic", 0.25)) for seed in range(2) for fraction in (0.5, 1.0)])

@@ -853,6 +853,26 @@ def _time_distilled() -> str:
     )
 
 
+@settles("0.13")
+def _prompts(claim, published, studies):
+    rows = studies.get("phantom-full", {}).get("synthesis.csv", pd.DataFrame(columns=["generator", "label"]))
+    rows = rows[(rows["label"] == "all") & ((rows["generator"] == "lora") | rows["generator"].str.startswith("lora@prompts="))]
+    if rows["generator"].nunique() < 3:
+        return None
+    rows = rows[rows["encoder"] == rows["encoder"].iloc[0]]
+    means = rows.groupby("generator")[["kid", "class_recovery"]].mean()
+    listed = "; ".join(
+        f"{'those it was tuned with' if name == 'lora' else name.partition('=')[2]}: KID {row.kid:.2f}, class recovered "
+        f"{row.class_recovery:.0%}"
+        for name, row in means.iterrows()
+    )
+    return Finding(
+        "answered",
+        "phantom-full/03-generation",
+        f"a small generator, by prompts; a tuned one answers to the words it was tuned with: {listed}",
+    )
+
+
 @settles("4.17")
 def _fewer_patients(claim, published, studies):
     runs = studies.get("covid-local", {}).get("classification.csv", pd.DataFrame(columns=["arm", "model", "split", "fraction"]))
