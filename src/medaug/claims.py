@@ -818,6 +818,12 @@ def _lymphoma_generator(claim, published, studies):
     return Finding("answered", "lymphoma-local/03-generation", f"a small generator, by {what}: {listed}")
 
 
+def _judged_generators(studies: Studies, study: str) -> pd.DataFrame:
+    """Return the rows of a study's `synthesis.csv` of all classes together, seen by its first encoder (none without a table)."""
+    rows = studies.get(study, {}).get("synthesis.csv", pd.DataFrame(columns=["generator", "encoder", "label"], dtype=str))
+    return rows[(rows["label"] == "all") & (rows["encoder"] == rows["encoder"].iloc[:1].squeeze())] if len(rows) else rows
+
+
 WAYS_OF_TUNING = {
     "0.31": ("lora", "lora@num_inference_steps=4", "lcm"),
     "0.32": ("lora", "reward"),
@@ -828,11 +834,10 @@ WAYS_OF_TUNING = {
 
 @settles(*WAYS_OF_TUNING)
 def _ways_of_tuning(claim, published, studies):
-    rows = studies.get("phantom-full", {}).get("synthesis.csv", pd.DataFrame(columns=["generator", "label"]))
-    rows = rows[(rows["label"] == "all") & rows["generator"].isin(WAYS_OF_TUNING[claim])]
+    rows = _judged_generators(studies, "phantom-full")
+    rows = rows[rows["generator"].isin(WAYS_OF_TUNING[claim])]
     if rows["generator"].nunique() < len(WAYS_OF_TUNING[claim]):
         return None
-    rows = rows[rows["encoder"] == rows["encoder"].iloc[0]]
     columns = ["kid", "recall", "class_recovery", "second_recovery"]
     means = rows.groupby("generator")[columns].mean().loc[list(WAYS_OF_TUNING[claim])]
     listed = "; ".join(
@@ -855,11 +860,10 @@ def _time_distilled() -> str:
 
 @settles("0.13")
 def _prompts(claim, published, studies):
-    rows = studies.get("phantom-full", {}).get("synthesis.csv", pd.DataFrame(columns=["generator", "label"]))
-    rows = rows[(rows["label"] == "all") & ((rows["generator"] == "lora") | rows["generator"].str.startswith("lora@prompts="))]
+    rows = _judged_generators(studies, "phantom-full")
+    rows = rows[(rows["generator"] == "lora") | rows["generator"].str.startswith("lora@prompts=")]
     if rows["generator"].nunique() < 3:
         return None
-    rows = rows[rows["encoder"] == rows["encoder"].iloc[0]]
     means = rows.groupby("generator")[["kid", "class_recovery"]].mean()
     listed = "; ".join(
         f"{'those it was tuned with' if name == 'lora' else name.partition('=')[2]}: KID {row.kid:.2f}, class recovered "
