@@ -130,10 +130,10 @@ for name in STORY:
             # as text, one for each parameter: `snakemake -n` then says which one has changed, and from what
             *[f"{key} = {value!r}" for key, value in sorted(parameters.items())],
         priority: PRIORITY.get(name, 0)
-        threads: parameters.get("threads", 1)
+        threads: parameters.get("threads", 1) * parameters.get("processes", 1)
         resources:
             runtime=max(10, int(4 * ESTIMATE[name]["minutes"])),
-            **({"gpu": 1} if needs_gpu(name) else {}),
+            **({"gpu": parameters.get("processes", 1)} if needs_gpu(name) else {}),
         retries: ENGINE["retries"]
         shell:
             wrap(f"medaug execute {STUDY} {{rule}}" + (" --output {output.notebook}" if BUNDLE else ""))

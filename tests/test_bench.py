@@ -18,6 +18,7 @@ import bench_features  # noqa: E402
 import bench_generation  # noqa: E402
 import bench_gpu  # noqa: E402
 import bench_lora  # noqa: E402
+import bench_memory  # noqa: E402
 import bench_segmentation  # noqa: E402
 import bench_statistics  # noqa: E402
 import bench_training  # noqa: E402
@@ -49,6 +50,24 @@ def test_the_full_size_comparison_runs_on_small_modules(checkpointing):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would run at full size")
 def test_nothing_of_full_size_without_a_gpu():
     assert bench_gpu.list_comparisons() == []
+
+
+def test_bytes_alive_are_counted_once_and_forgotten_when_freed():
+    with bench_memory.LiveBytes() as live:
+        first = torch.ones(1000)
+        view, second = first.view(10, 100), first * 2
+        assert live.now == 8000  # float32; a view is no new memory
+        del first, view
+        third = second + 1
+    assert (live.now, live.peak) == (8000, 8000) and len(third) == 1000
+
+
+def test_a_step_is_counted_without_being_made():
+    found = {precision: run.measure(bench_memory.compare(build_meta()["unet"], 256, precision), 1) for precision in ("no", "bf16")}
+    for row in found.values():
+        assert row["peak_gb_checkpointed"] < row["peak_gb"] < 1 and row["fits_24_gb"]
+        assert row["ratio"] == pytest.approx(row["peak_gb"] / row["peak_gb_checkpointed"])
+    assert found["bf16"]["peak_gb"] < found["no"]["peak_gb"]
 
 
 def test_the_script_gets_pipeline_and_images(tmp_path, monkeypatch):

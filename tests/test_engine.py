@@ -185,6 +185,14 @@ def test_a_cluster_gets_a_gpu_where_the_study_asks_for_one(project):
     assert asking == set(studies.list_notebooks("phantom")) - {"01-data-audit", LAST}
 
 
+@pytest.mark.parametrize("profile, count", [("local", 1), ("slurm", 4)])
+def test_a_training_shared_by_processes_gets_a_gpu_for_each(project, profile, count):
+    with project.edited("studies/phantom.yaml", "plan:", "common:\n  device: cuda\n02-sd-lora:\n  processes: 4\nplan:"):
+        log = project.snakemake("--dry-run", "--forceall", "--quiet", "host", "--profile", str(project.root / "profiles" / profile))
+    job = next(block for block in log.split("\nrule ")[1:] if block.startswith("02-sd-lora:"))
+    assert f"gpu={count}" in job  # on one machine a single token stands for all of its GPUs
+
+
 # -- whole runs
 
 

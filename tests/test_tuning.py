@@ -6,7 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from test_diffusion import SETTINGS, build_tiny_pipeline, draw_images
 
 from medaug import diffusion, generation, tuning
@@ -132,6 +138,43 @@ def build_student(model_id):
     pipe = diffusion.load_pipeline(model_id)
     diffusion.add_lora(pipe.unet, 8, 8)
     return pipe
+
+
+def test_a_decoder_learns_to_give_images_back_and_latents_keep_their_meaning(pipe, model_id, latents, tmp_path):
+    images_u8, settings = draw_images(20), replace(SETTINGS, steps=30, learning_rate=1e-2)
+
+    def lose(vae):
+        return np.square(diffusion.reconstruct(vae, images_u8).astype(float) - images_u8).mean()
+
+    before, encoder = lose(pipe.vae), diffusion.hash_weights(pipe.vae.encoder)
+    tuning.fit_decoder(pipe.vae, images_u8, latents[0], settings)
+    assert lose(pipe.vae) < 0.9 * before
+    assert diffusion.hash_weights(pipe.vae.encoder) == encoder
+    torch.testing.assert_close(diffusion.encode_latents(pipe.vae, images_u8), latents)
+    folder = tuning.save_generator(pipe, "decoder", tmp_path / "decoder")
+    loaded, untuned = generation.load_generator(model_id, [folder]), generation.load_generator(model_id)
+    plain = StableDiffusionPipeline.from_pretrained(model_id, safety_checker=None, vae=AutoencoderKL.from_pretrained(folder))
+    assert np.array_equal(draw(loaded), draw(pipe)) and np.array_equal(draw(plain), draw(pipe))
+    assert np.abs(draw(untuned) - draw(pipe)).max() > 5
+    assert diffusion.hash_weights(loaded.unet) == diffusion.hash_weights(untuned.unet)
+
+
+def test_a_killed_decoder_resumes_and_parts_of_a_batch_add_up(model_id, latents, tmp_path, monkeypatch):
+    def tune(settings, checkpoint=None):
+        vae = diffusion.load_pipeline(model_id).vae
+        tuning.fit_decoder(vae, draw_images(20), latents[0], settings, checkpoint)
+        return vae
+
+    whole, parts = tune(SETTINGS), tune(replace(SETTINGS, gradient_accumulation_steps=3))
+    for name, weight in parts.state_dict().items():
+        torch.testing.assert_close(weight, whole.state_dict()[name], atol=5e-3, rtol=0)
+    encode, calls = AutoencoderKL.decode, iter(range(100))
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda self, z: die() if next(calls) == 4 else encode(self, z))
+    with pytest.raises(KeyboardInterrupt):
+        tune(SETTINGS, tmp_path / "checkpoint.pt")
+    resumed = tune(SETTINGS, tmp_path / "checkpoint.pt")
+    assert next(calls) == 7  # steps 0 to 3, the one that died, and 4 and 5: the checkpoint of step 4 was used
+    assert diffusion.hash_weights(resumed) == diffusion.hash_weights(whole)
 
 
 @pytest.mark.parametrize("kind", ["v_prediction", "epsilon"])

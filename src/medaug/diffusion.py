@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TypeVar
@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from medaug import parallel
 from medaug.runtime import progress, replace_when_done
 
 T = TypeVar("T")
@@ -233,7 +234,8 @@ class FitSettings:
     caption_dropout: float = 0.1  # share of captions replaced by the empty one (Ho & Salimans 2021)
     noise_offset: float = 0.0  # one more normal draw per channel, times this: lets mean brightness move
     ema_decay: float = 0.0  # exponential moving average of the adapter; 0: none
-    gradient_accumulation_steps: int = 1  # micro-batches per optimiser step
+    gradient_accumulation_steps: int = 1  # micro-batches per optimiser step, in each process
+    processes: int = 1  # GPUs (or CPU processes) that share each batch; the sum over them stays that of the whole batch
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     optimizer: str = "adamw"  # or "adamw-8bit", whose state takes a quarter of the memory (package bitsandbytes)
@@ -275,10 +277,11 @@ def fit_weights(module: nn.Module, accumulate: Callable[[int, int, Callable], fl
                 keep: Callable[[int], object] | None = None) -> tuple[list[dict], dict]:
     """Train the trainable weights of `module`, by any loss; return the history and the timing.
 
-    `accumulate(step, micro_batch, backward)` adds up the gradients of that step's batch, `micro_batch` images at a time, by
-    `backward(loss)`, and returns the batch's loss. `validate(step)` returns numbers for the history's rows, `keep(step)` is
-    called after each of `settings.keep_steps`; `fingerprint` names all that decides the run. With `settings.patience` the
-    weights that are left are those of the lowest `val_loss`, and the run may end early.
+    `accumulate(step, micro_batch, backward)` adds up the gradients of that step's batch (`draw_batch`; with
+    `settings.processes` each process has its share of it), `micro_batch` images at a time, by `backward(loss)`, and returns
+    the batch's loss. `validate(step)` returns numbers for the history's rows, `keep(step)` is called after each of
+    `settings.keep_steps`; `fingerprint` names all that decides the run. With `settings.patience` the weights that are left
+    are those of the lowest `val_loss`, and the run may end early.
 
     All randomness of step k comes from (`settings.seed`, k), so a run killed at any moment and started again with the
     same `checkpoint` ends with the same weights. Out of memory halves the micro-batch and says so; the sum over
@@ -287,6 +290,11 @@ def fit_weights(module: nn.Module, accumulate: Callable[[int, int, Callable], fl
     """
     weights = [p for p in module.parameters() if p.requires_grad]
     device = weights[0].device
+    if settings.processes > 1 and parallel.count() == 1:
+        work = (module, accumulate, settings, fingerprint, checkpoint)
+        with parallel.open_team(fit_weights, work, settings.processes, device):
+            return fit_weights(*work, validate, name, keep)
+    alone, first, share = parallel.count() == 1, parallel.rank() == 0, parallel.weigh_share(settings.batch_size)
     optimizer = _build_optimizer(weights, settings)
     scaler = torch.amp.GradScaler(device.type, enabled=settings.mixed_precision == "fp16")
     state = {"step": 0, "seconds": 0.0, "history": [], "losses": [], "scaler": scaler.state_dict(),
@@ -294,17 +302,18 @@ def fit_weights(module: nn.Module, accumulate: Callable[[int, int, Callable], fl
     _restore(checkpoint, fingerprint, weights, optimizer, state)
     if state["scaler"]:  # empty unless it scales
         scaler.load_state_dict(state["scaler"])
-    log, close = _open_tracker(settings, name, checkpoint)
-    micro_batch = math.ceil(settings.batch_size / settings.gradient_accumulation_steps)
+    log, close = _open_tracker(settings if first else replace(settings, tracker=""), name, checkpoint)
+    micro_batch = math.ceil(settings.batch_size * share / settings.gradient_accumulation_steps)
     module.train()
     bar = progress(desc=name, total=settings.steps * settings.batch_size, unit="image")
     bar.update(state["step"] * settings.batch_size)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for step in range(state["step"], settings.steps):
-            if has_settled(state["history"], settings.patience):
+            settled = has_settled(state["history"], settings.patience)
+            if settled if alone else parallel.agree(settled):
                 break
             began = time.perf_counter()
-            torch.manual_seed(settings.seed + 7919 * step)  # dropout inside the adapter
+            torch.manual_seed(settings.seed + 7919 * step + 104_729 * parallel.rank())  # dropout inside the adapter
             while True:
                 try:
                     loss = accumulate(step, micro_batch, lambda loss: scaler.scale(loss).backward())
@@ -312,6 +321,9 @@ def fit_weights(module: nn.Module, accumulate: Callable[[int, int, Callable], fl
                 except RuntimeError as error:
                     optimizer.zero_grad(set_to_none=True)
                     micro_batch = halve_batch(micro_batch, error)
+            if not alone:
+                parallel.sum_gradients(weights, share)
+                loss = parallel.sum_shares(loss, share)
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss} at step {step}: lower learning_rate"
                                          + (f" (the last good checkpoint is {checkpoint})" if checkpoint else ""))
@@ -336,6 +348,8 @@ def fit_weights(module: nn.Module, accumulate: Callable[[int, int, Callable], fl
             last = step + 1 == settings.steps
             if last or (step + 1) % settings.validate_every == 0:
                 row = {"step": step + 1, "loss": float(np.mean(state["losses"])), "learning_rate": learning_rate}
+                if not alone:
+                    parallel.check_same(weights)
                 with _averaged(weights, state["average"]):
                     state["history"].append({**row, **(validate(step + 1) if validate else {})})
                     if settings.patience and _is_lowest(state["history"]):
@@ -344,7 +358,7 @@ def fit_weights(module: nn.Module, accumulate: Callable[[int, int, Callable], fl
                 module.train()
                 state["losses"] = []
                 bar.set_postfix(loss=f"{row['loss']:.4f}")
-            if checkpoint and (last or (step + 1) % settings.save_every == 0):
+            if checkpoint and first and (last or (step + 1) % settings.save_every == 0):
                 _save_checkpoint(checkpoint, fingerprint, weights, optimizer, state)
     bar.close()
     close()
@@ -359,22 +373,33 @@ def draw_batch(latents: tuple[Tensor, Tensor], prompt_ids: Tensor, noise_schedul
                settings: FitSettings, step: int) -> dict[str, Tensor]:
     """Return the batch of `step`: `latents`, `noise` (B, C, h, w), `timesteps`, `prompt_ids`, `dropped` (B,).
 
-    Drawn on the CPU, so that a GPU sees the same batch. Each epoch is a permutation of the images.
+    Drawn on the CPU, so that a GPU sees the same batch. Where several processes share the training, each draws the whole
+    batch and returns its own rows.
     """
     mean, std = latents
     rng = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-    index = _permuted(len(mean), step * settings.batch_size, settings.batch_size, settings.seed)
+    index = draw_rows(len(mean), settings, step)
     shape = (len(index), *mean.shape[1:])
     noise = torch.randn(shape, generator=rng)
     if settings.noise_offset:
         noise += settings.noise_offset * torch.randn((*shape[:2], 1, 1), generator=rng)
-    return {
+    return parallel.take_share({
         "latents": mean[index] + std[index] * torch.randn(shape, generator=rng),
         "noise": noise,
         "timesteps": torch.randint(noise_scheduler.config.num_train_timesteps, shape[:1], generator=rng),
         "prompt_ids": prompt_ids[index],
         "dropped": torch.rand(shape[0], generator=rng) < settings.caption_dropout,
-    }
+    })
+
+
+def draw_rows(count: int, settings: FitSettings, step: int) -> Tensor:
+    """Return which of `count` images make the batch of `step` (B,): each epoch is a permutation, seeded, without a gap."""
+    start = step * settings.batch_size
+    epochs = range(start // count, (start + settings.batch_size - 1) // count + 1)
+    order = torch.cat([torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed * 100_003 + epoch))
+                       for epoch in epochs])
+    first = start - epochs[0] * count
+    return order[first:first + settings.batch_size]
 
 
 def backward_batch(unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler, batch: Mapping[str, Tensor],
@@ -501,15 +526,6 @@ def _read_lora_config(unet: UNet2DConditionModel) -> dict:
     """The adapter's configuration as diffusers stores it, lists sorted: sets have no order, and a file should have one."""
     config = unet.peft_config["default"].to_dict()
     return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
-
-
-def _permuted(count: int, start: int, length: int, seed: int) -> Tensor:
-    """Positions start .. start+length of an endless list of seeded permutations of range(count)."""
-    epochs = range(start // count, (start + length - 1) // count + 1)
-    order = torch.cat([torch.randperm(count, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
-                       for epoch in epochs])
-    first = start - epochs[0] * count
-    return order[first:first + length]
 
 
 def _schedule(settings: FitSettings, step: int) -> float:

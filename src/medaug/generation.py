@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from diffusers import (
+    AutoencoderKL,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     LCMScheduler,
@@ -29,23 +30,26 @@ from medaug import diffusion
 from medaug.diffusion import halve_batch, hash_code, hash_weights, load_pipeline
 from medaug.runtime import progress, replace_when_done, save_json
 
-# All chance comes from each image's own seed. The first three are deterministic: it decides the first noise only. The last,
-# for distilled models, adds new noise at each step, from the same seed.
+# All chance comes from each image's own seed. The first three are deterministic: it decides the first noise only. The others
+# add new noise at each step, from the same seed; the last is for distilled models.
 SCHEDULERS = {"ddim": DDIMScheduler, "dpm-solver++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler,
-              "lcm": LCMScheduler}
+              "sde-dpm-solver++": DPMSolverMultistepScheduler, "lcm": LCMScheduler}
+ALGORITHMS = {"dpm-solver++": {"algorithm_type": "dpmsolver++"}, "sde-dpm-solver++": {"algorithm_type": "sde-dpmsolver++"}}
 
 
 def load_generator(model_id: str, tuned: Sequence[Path] = (), device: str = "cpu") -> StableDiffusionPipeline:
     """Return the pipeline of `model_id` with what the folders in `tuned` hold, put on one after the other.
 
-    A folder holds a LoRA, a whole UNet, or vectors of placeholders (see `tuning.save_generator`); the LoRA of a distilled
-    model goes on top of the one that was distilled. LoRAs are folded into the weights: they then cost no time while
+    A folder holds a LoRA, a whole UNet or autoencoder, or vectors of placeholders (see `tuning.save_generator`); the LoRA of
+    a distilled model goes on top of the one that was distilled. LoRAs are folded into the weights: they then cost no time while
     sampling; sums round differently, by less than one grey level. Raises FileNotFoundError for a folder with none of them.
     """
     pipe = load_pipeline(model_id, device)
     for folder in map(Path, tuned):
         if (folder / "config.json").exists():
-            pipe.unet = UNet2DConditionModel.from_pretrained(folder, use_safetensors=True).to(device).eval()
+            name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]
+            part, kind = {"UNet2DConditionModel": ("unet", UNet2DConditionModel), "AutoencoderKL": ("vae", AutoencoderKL)}[name]
+            setattr(pipe, part, kind.from_pretrained(folder, use_safetensors=True).to(device).eval())
         elif (folder / "pytorch_lora_weights.safetensors").exists():
             pipe.load_lora_weights(folder)
             pipe.fuse_lora()
@@ -61,7 +65,7 @@ def set_scheduler(pipe: StableDiffusionPipeline, name: str) -> None:
     """Give `pipe` the sampler `name` of `SCHEDULERS`, keeping the schedule of noise that the model was trained on."""
     if name not in SCHEDULERS:
         raise ValueError(f"scheduler '{name}' is not known: use one of {', '.join(SCHEDULERS)}")
-    pipe.scheduler = SCHEDULERS[name].from_config(pipe.scheduler.config)
+    pipe.scheduler = SCHEDULERS[name].from_config(pipe.scheduler.config, **ALGORITHMS.get(name, {}))
 
 
 def derive_seed(generator_seed: int, label: str, index: int, fold: int = -1) -> int:

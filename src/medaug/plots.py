@@ -39,6 +39,7 @@ GENERATOR_COLOURS = {
     "dreambooth": "#cc79a7",
     "lcm": "#56b4e9",
     "reward": "#a6522b",
+    "decoder": "#882255",
 }
 IN_A_ROW = 3  # panels side by side: more of them cannot be read on a page
 CLASS_COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#f0e442"]

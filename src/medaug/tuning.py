@@ -1,7 +1,8 @@
 """Other ways to tune a Stable Diffusion than a plain LoRA: the loop of `medaug.diffusion`, with another loss or other weights.
 
 Full fine-tuning, textual inversion and DreamBooth's prior start from the untuned base; consistency distillation (4 steps in
-place of 10 to 50) and the reward of a classifier go on from a tuned model. What is learned is saved in diffusers' formats.
+place of 10 to 50), the reward of a classifier and the autoencoder's own decoder go on from a tuned model. What is learned is
+saved in diffusers' formats.
 """
 
 import os
@@ -11,8 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import (
+    AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
     LCMScheduler,
@@ -23,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from medaug import diffusion
+from medaug import diffusion, parallel
 from medaug.diffusion import (
     FitSettings,
     autocast,
@@ -35,8 +38,8 @@ from medaug.diffusion import (
 )
 from medaug.runtime import replace_when_done
 
-METHODS = ("lora", "full", "textual-inversion", "dreambooth", "lcm", "reward")
-GO_ON = ("lcm", "reward")  # start from a tuned model, the others from the untuned base
+METHODS = ("lora", "full", "textual-inversion", "dreambooth", "lcm", "reward", "decoder")
+GO_ON = ("lcm", "reward", "decoder")  # start from a tuned model, the others from the untuned base
 
 
 @dataclass(frozen=True)
@@ -235,6 +238,35 @@ def fit_reward(pipe: StableDiffusionPipeline, lesson: Lesson, settings: FitSetti
     return fit_weights(unet, accumulate, settings, fingerprint, checkpoint, name="reward")
 
 
+def fit_decoder(vae: AutoencoderKL, images_u8: np.ndarray, latents: Tensor, settings: FitSettings,
+                checkpoint: Path | None = None) -> tuple[list[dict], dict]:
+    """Teach the decoder of `vae` to give training images back, its encoder left as it is, so that latents keep their meaning.
+
+    What the autoencoder loses, no generator on it can draw; a domain whose signs it has never seen loses most. `images_u8`
+    is (N, H, W) or (N, H, W, 3) uint8, `latents` (N, C, h, w) the posteriors' means (`diffusion.encode_latents`). As for
+    Stability AI's `sd-vae-ft-mse` the loss is the squared error, here alone: a perceptual one would bring its network's taste.
+    """
+    vae.requires_grad_(False)
+    trained = [part for part in (vae.decoder, vae.post_quant_conv) if part is not None]
+    for part in trained:
+        part.requires_grad_(True)
+
+    def accumulate(step: int, micro_batch: int, backward: Callable[[Tensor], None]) -> float:
+        rows, total = parallel.take_share({"rows": diffusion.draw_rows(len(latents), settings, step)})["rows"], 0.0
+        for part in rows.split(micro_batch):
+            target = diffusion.to_pixel_values(images_u8[part.numpy()]).to(vae.device)  # (b, 3, H, W) in -1..1
+            with autocast(vae.device, settings.mixed_precision):
+                decoded = vae.decode(latents[part].to(vae.device) / vae.config.scaling_factor).sample
+            loss = (decoded.float() - target).square().mean(dim=(1, 2, 3)).sum() / len(rows)
+            backward(loss)
+            total += loss.item()
+        return total
+
+    content = [latents, torch.from_numpy(np.ascontiguousarray(images_u8))]
+    fingerprint = fingerprint_work(vae, content, settings, hash_code(__file__))
+    return fit_weights(vae, accumulate, settings, fingerprint, checkpoint, name="decoder")
+
+
 def draw_images(pipe: StableDiffusionPipeline, noise: Tensor, encoder_hidden_states: Tensor, num_inference_steps: int,
                 gradient_steps: int = 0) -> Tensor:
     """Return the images (B, 3, H, W) in 0-1 that DDIM makes of `noise` (B, C, h, w), with the last steps' gradient."""
@@ -261,11 +293,11 @@ def split_prediction(noise_scheduler: DDPMScheduler, model_pred: Tensor, noisy_l
 def save_generator(pipe: StableDiffusionPipeline, method: str, folder: Path) -> Path:
     """Write to `folder` what `method` has changed in `pipe`, in diffusers' own formats; return the folder.
 
-    An adapter (see `diffusion.save_lora`), the whole UNet, or one file of vectors for each placeholder;
-    `generation.load_generator` and a plain pipeline read all three.
+    An adapter (see `diffusion.save_lora`), the whole UNet, the whole autoencoder, or one file of vectors for each
+    placeholder; `generation.load_generator` and a plain pipeline read all four.
     """
-    if method == "full":
-        pipe.unet.save_pretrained(folder, safe_serialization=True)
+    if method in ("full", "decoder"):
+        (pipe.unet if method == "full" else pipe.vae).save_pretrained(folder, safe_serialization=True)
     elif method == "textual-inversion":
         table = pipe.text_encoder.get_input_embeddings().weight.detach()
         for word, ids in _list_placeholders(pipe).items():
