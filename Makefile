@@ -19,7 +19,7 @@ help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  variables: STUDY=$(STUDY) DATA=/folder N=$(N) (cores) PROFILE=$(PROFILE) (slurm, kubernetes) PYTHON=$(PYTHON)"
 
-report: ## run the embedded study on simulated images, build the site, print where it is (about 10 minutes)
+report: ## run the embedded study on simulated images, build the site, print where it is (10 to 13 minutes)
 	@$(MAKE) -s env
 	@$(BIN)/medaug run phantom --cores $(N)
 	@$(BIN)/medaug site --where phantom

@@ -22,7 +22,7 @@ from pygments.util import ClassNotFound
 from medaug import paths
 
 FRAGMENT = re.compile(r"\{\{<\s*fragment\s+([\w-]+)\s*>\}\}")
-NOTHING_YET = "*Nothing here yet: `make report` computes it (about ten minutes on two cores).*"
+NOTHING_YET = "*Nothing here yet: `make report` computes it (ten to thirteen minutes on two cores).*"
 KINDS = {"fig": "Figure", "tbl": "Table", "sec": "Section"}
 
 
