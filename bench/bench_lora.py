@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from medaug import diffusion, foundations
 
 STEPS, BATCH, SIZE, RANK = 4, 32, 64, 8
+SHARED_STEPS = 16
 SCRIPT = os.environ.get("DIFFUSERS_LORA_SCRIPT", "")
 WORDS = [f"chest x-ray of a child, {finding}" for finding in ("normal lungs", "bacterial pneumonia", "viral pneumonia")]
 
@@ -55,6 +56,9 @@ def list_comparisons() -> list[Comparison]:
                         lambda: fit_plainly(parts, images_u8, tokens, prompt_ids),
                         "latents and text encoded once beside encoded at every step",
                         extra=lambda ratio: {"most": count_most(parts), "share_of_most": ratio / count_most(parts)})]  # fmt: skip
+    found.append(Comparison("lora-64px-shared", lambda: fit_cached(parts, cache, prompt_ids, steps=SHARED_STEPS, processes=2),
+                            lambda: fit_cached(parts, cache, prompt_ids, steps=SHARED_STEPS),
+                            "each batch shared by two processes beside one process, the start of the second not counted"))
     if SCRIPT:
         found.append(Comparison("lora-64px-script", lambda: fit_cached(parts, cache, prompt_ids), lambda: run_script(folder),
                                 f"our loop beside {Path(SCRIPT).name}, unchanged, its start-up not counted"))
@@ -77,9 +81,10 @@ def count_most(parts: dict) -> float:
 
 
 def fit_cached(parts: dict, cache: dict, prompt_ids: torch.Tensor, batch_size: int = BATCH, steps: int = STEPS,
-               mixed_precision: str = "no") -> float:
+               mixed_precision: str = "no", processes: int = 1) -> float:
     """Run our loop for `steps` steps; return images per second of the steps, as of the plain loop's."""
-    settings = diffusion.FitSettings(steps=steps, batch_size=batch_size, caption_dropout=0.0, mixed_precision=mixed_precision)
+    settings = diffusion.FitSettings(steps=steps, batch_size=batch_size, caption_dropout=0.0, mixed_precision=mixed_precision,
+                                     processes=processes)
     _, timing = diffusion.fit_lora(parts["unet"], parts["noise_scheduler"], cache["latents"], prompt_ids, cache["states"],
                                    cache["states"][0], settings)
     return timing["images_per_second"]

@@ -117,6 +117,8 @@ def open_team(function: Callable, arguments: tuple, processes: int, device: torc
                 time.sleep(0.05)
             _join(store, 0, processes, device.type)
             yield
+            if device.type == "cuda":  # NCCL's processes take leave together
+                dist.destroy_process_group()
             for helper, _ in _helpers:
                 helper.wait()
             _check_helpers()
