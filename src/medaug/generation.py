@@ -8,7 +8,8 @@ then agree to about one grey level; with the batches fixed by index, as here, a 
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,15 @@ def load_generator(model_id: str, tuned: Sequence[Path] = (), device: str = "cpu
         else:
             raise FileNotFoundError(f"no tuned generator in {folder}: list its method in 02-sd-lora (parameter methods)")
     return pipe
+
+
+@contextmanager
+def lend_device(pipe: StableDiffusionPipeline, device: str) -> Iterator[StableDiffusionPipeline]:
+    """Have `pipe` on `device` inside the block and in main memory after it: a GPU need not hold several of full size."""
+    try:
+        yield pipe.to(device)
+    finally:
+        pipe.to("cpu")
 
 
 def set_scheduler(pipe: StableDiffusionPipeline, name: str) -> None:
