@@ -523,8 +523,11 @@ def hash_code(*sources: str) -> str:
 
 
 def _read_lora_config(unet: UNet2DConditionModel) -> dict:
-    """The adapter's configuration as diffusers stores it, lists sorted: sets have no order, and a file should have one."""
-    config = unet.peft_config["default"].to_dict()
+    """The adapter's configuration as diffusers stores it, lists sorted: sets have no order, and a file should have one.
+
+    Without its dropout: who loads an adapter gets its layers in training mode, and would draw at random.
+    """
+    config = unet.peft_config["default"].to_dict() | {"lora_dropout": 0.0}
     return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
 
 
