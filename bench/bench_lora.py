@@ -52,10 +52,11 @@ def list_comparisons() -> list[Comparison]:
     tokens = parts["tokenizer"](WORDS, padding="max_length", return_tensors="pt").input_ids
     cache = {"latents": diffusion.encode_latents(parts["vae"], images_u8),
              "states": parts["text_encoder"](tokens).last_hidden_state}  # fmt: skip
+    most = count_most(parts)
     found = [Comparison("lora-64px", lambda: fit_cached(parts, cache, prompt_ids),
                         lambda: fit_plainly(parts, images_u8, tokens, prompt_ids),
                         "latents and text encoded once beside encoded at every step",
-                        extra=lambda ratio: {"most": count_most(parts), "share_of_most": ratio / count_most(parts)})]  # fmt: skip
+                        extra=lambda ratio: {"most": most, "share_of_most": ratio / most})]  # fmt: skip
     found.append(Comparison("lora-64px-shared", lambda: fit_cached(parts, cache, prompt_ids, steps=SHARED_STEPS, processes=2),
                             lambda: fit_cached(parts, cache, prompt_ids, steps=SHARED_STEPS),
                             "each batch shared by two processes beside one process, the start of the second not counted"))

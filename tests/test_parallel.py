@@ -12,14 +12,9 @@ from medaug import diffusion, parallel, tuning
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def model_id(tmp_path_factory):
-    return build_tiny_pipeline(tmp_path_factory.mktemp("sd"))
-
-
 @pytest.fixture
-def pipe(model_id):
-    return diffusion.load_pipeline(model_id)
+def pipe(tmp_path):
+    return diffusion.load_pipeline(build_tiny_pipeline(tmp_path / "sd"))
 
 
 def test_alone_nothing_is_shared():

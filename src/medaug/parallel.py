@@ -1,4 +1,4 @@
-"""Share one training among several processes, one for each GPU (or CPU core): each computes its part of every batch.
+"""Data-parallel training: several processes, one for each GPU (or CPU core), share one training, each a part of every batch.
 
 The caller, in its notebook, is process 0 and keeps what is done once: validation, pictures, files, progress. The helpers run
 the same loop in lockstep and write nothing. accelerate's launcher cannot serve here: it starts all processes by itself, and
